@@ -21,7 +21,7 @@ from spec_envs import agents, recordings
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.arguments import PROMPTS, TEMPERATURE, TOKENS, Parser, input_folder, nonempty, output_folder
 from spec_envs.controls import Control, Policy, make_control
-from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.choosing.evaluation import evaluate_choice
 from spec_envs.experiments.command import STATIC, TABLE, Stages, one_sentence
@@ -79,7 +79,8 @@ def evaluate_run(
         chosen = None if overrides else run / CHOSEN
         return evaluate_choice(Policy(control, agent), run, env, chosen, test_prompts or config["test_prompts"], stages)
     decoder = decoder_for(env, control)
-    costs, static = kept(run, machine(decoder)), None
+    clock, static = decoder.clock, None
+    costs = clock.table if isinstance(clock, PricedClock) else kept(run, machine(decoder))
     if control.settings():
         if overrides or not (run / CHOSEN).exists():
             trace = None if overrides else known_trace(run, config)

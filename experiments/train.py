@@ -104,7 +104,8 @@ def is_timed_here(env: Keywords, control: Control) -> bool:
 def calibrated(table: Path, env: Keywords, control: Control) -> Path:
     """Return the file of this machine's cost table, which is measured if it does not exist yet."""
     if not table.exists():
-        write_sealed(table, to_json(price_list(local_decoder(env, control), control, training_prompts(env))))
+        made = price_list(local_decoder(env, control), control, training_prompts(env), env.get("max_new_tokens"))
+        write_sealed(table, to_json(made))
     read_sealed(table, MEASURED)
     return table
 
@@ -114,11 +115,11 @@ def price_of(trace: Trace | PortfolioTrace, table: Path, env: Keywords, control:
     run on another machine, this machine's, which is measured."""
     made = dict(trace.manifest.made_with)
     here = this_machine(resolve_device(env.get("device", "auto")), trace.manifest.dtype)
-    if table.exists() or env.get("trace") or same_machine(made, here):
-        if not table.exists():
+    if not table.exists():
+        if env.get("trace") or same_machine(made, here):
             write_sealed(table, {**file_of(trace.costs()), "machine": made})
-        return table
-    LOG.info(f"{trace.folder} was recorded on another machine; measuring what forwards cost on this one")
+        else:
+            LOG.info(f"{trace.folder} was recorded on another machine; measuring what forwards cost on this one")
     return calibrated(table, env, control)
 
 

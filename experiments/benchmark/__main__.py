@@ -121,7 +121,7 @@ def prices_of(decoder: Decoder, control: Control, env: Keywords, file: Path) -> 
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        made = price_list(decoder, control, training_prompts(env))
+        made = price_list(decoder, control, training_prompts(env), env["max_new_tokens"])
         write_sealed(file, to_json(made))
     elif kept(file.parent, machine(decoder)) is None:
         raise ValueError(f"{file} was measured on another machine; delete {file.parent} to measure again")

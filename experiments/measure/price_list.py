@@ -77,7 +77,7 @@ class PriceList:
 
 def prices(decoder: Decoder, env: Keywords, control: Control) -> CostTable:
     """Return the cost table of an environment's decoder, measured on its training prompts."""
-    return price_list(decoder, control, training_prompts(env)).table
+    return price_list(decoder, control, training_prompts(env), env.get("max_new_tokens")).table
 
 
 def training_prompts(env: Keywords) -> list[Encoded]:
@@ -85,15 +85,19 @@ def training_prompts(env: Keywords) -> list[Encoded]:
     return encoded_prompts(env, "train", PROMPTS)
 
 
-def price_list(decoder: Decoder, control: Control, prompts: Sequence[Encoded]) -> PriceList:
+def price_list(
+    decoder: Decoder, control: Control, prompts: Sequence[Encoded], max_new_tokens: int | None = None
+) -> PriceList:
     """Measure what forwards cost in a decoder whose clock measures.
 
     Args:
         control: control of the environment.
         prompts: training prompts, the first ``PROMPTS`` of which are decoded.
+        max_new_tokens: for which these prompts leave room; never more than ``TOKENS`` are decoded.
     """
     curves, spread, windows = fastest_windows(decoder)
-    samples, forwards = while_decoding(decoder, control, prompts[:PROMPTS])
+    tokens = min(TOKENS, max_new_tokens or TOKENS)
+    samples, forwards = while_decoding(decoder, control, prompts[:PROMPTS], tokens)
     curves = shaped(curves, forwards)
     scales = scales_of(curves, samples)
     return PriceList(file_of(CostTable.of("", scaled(curves, scales))), spread, windows, scales, machine(decoder))
@@ -122,10 +126,10 @@ class Timings(WallClock):
 
 
 def while_decoding(
-    decoder: Decoder, control: Control, prompts: Sequence[Encoded]
+    decoder: Decoder, control: Control, prompts: Sequence[Encoded], tokens: int
 ) -> tuple[dict[str, list[Sample]], Curves]:
-    """Return the samples of plain decoding and of random settings, and what forwards cost in the latter. Texts do not end
-    before ``TOKENS``."""
+    """Return the samples of plain decoding and of random settings, and what forwards cost in the latter. No text ends
+    before ``tokens``."""
     clock, eos = decoder.clock, decoder.eos
     timings = Timings(decoder.device)
     decoder.clock, decoder.eos = timings, frozenset()
@@ -133,7 +137,7 @@ def while_decoding(
         usual = usual_settings(decoder, control)
         policy = Policy(usual, RandomAgent(usual, seed=0))
         arms = {"plain": decoded(decoder.plain(), None), "random": decoded(decoder, policy)}
-        return run_arms(arms, prompts, TOKENS, "what forwards cost"), timings.medians()
+        return run_arms(arms, prompts, tokens, "what forwards cost"), timings.medians()
     finally:
         decoder.clock, decoder.eos = clock, eos
 
@@ -150,14 +154,15 @@ def usual_settings(decoder: Decoder, control: Control) -> Control:
 
 def scales_of(curves: Curves, samples: dict[str, list[Sample]]) -> Scales:
     """Return by how much texts cost more than ``curves`` say. What a cycle does besides forwards is charged to
-    verifications."""
+    verifications. Where most of them have one row, as those of prompt lookup may, the rest says too little, and the scale
+    is that of plain steps."""
     table = CostTable.of("forwards", curves)
     plain, speculated = (Charged.of(samples[name], table) for name in ("plain", "random"))
     step = plain.verifying / plain.single
     wide = speculated.verifying - step * speculated.single
     return Scales(
         plain=step,
-        verify=wide / speculated.several if speculated.several else step,
+        verify=wide / speculated.several if speculated.several > speculated.single else step,
         draft=speculated.drafting / speculated.drafts if speculated.drafts else 1.0,
     )
 

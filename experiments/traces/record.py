@@ -232,7 +232,7 @@ def costs_of(plan: Plan, decoder: Decoder) -> dict[str, dict[str, float]]:
     """Return what forwards cost on this machine, as a manifest has it."""
     texts = plan.chosen()
     prompts = [prompt for split, prompt in texts if split == "train"] or [prompt for _, prompt in texts]
-    curves = price_list(decoder, make_control(plan.env_id, plan.env), prompts).table.curves
+    curves = price_list(decoder, make_control(plan.env_id, plan.env), prompts, plan.max_new_tokens).table.curves
     return {part: {str(n): seconds for n, seconds in curve.items()} for part, curve in curves.items()}
 
 

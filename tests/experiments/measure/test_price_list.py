@@ -50,6 +50,13 @@ def test_texts_without_drafts_leave_curves_in_proportion() -> None:
     assert lists.scales_of(ALONE, {"plain": [plain], "random": [plain]}) == lists.Scales(1.5, 1.5, 1.0)
 
 
+def test_few_verifications_among_plain_steps_have_their_scale() -> None:
+    """As those of prompt lookup may be: what remains of the seconds of such texts is noise, and may be below 0."""
+    plain = sample(30.0, 0.0, {("verify", 1): 10})
+    random = sample(100.0, 0.0, {("verify", 1): 60, ("verify", 4): 1})
+    assert lists.scales_of(ALONE, {"plain": [plain], "random": [random]}) == lists.Scales(1.5, 1.5, 1.0)
+
+
 def test_the_shape_is_that_of_forwards_in_texts() -> None:
     """Between numbers of rows that occur in texts the factor is interpolated, beyond them it stays the same."""
     found = lists.shaped(ALONE, {"verify": {2: 4.0, 6: 3.5}})

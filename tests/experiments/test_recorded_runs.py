@@ -1,0 +1,97 @@
+"""Runs that learn from a trace which is recorded for them: prices, static settings, and the table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spec_envs.controls import make_control
+from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.traces.trace import Trace
+from spec_envs.experiments import train
+from spec_envs.experiments.config import load_experiment
+from spec_envs.experiments.measure.bounds import Bounds
+from spec_envs.experiments.measure.machine import this_machine
+from spec_envs.experiments.measure.results import PAIR
+from spec_envs.experiments.measure.static import best_recorded, weighable
+from spec_envs.sealed import read_sealed, write_sealed
+from tests.support.recordings import COSTS
+
+SMALL = [
+    "record=[4,1,1]", "test_prompts=2", "total_timesteps=256", "hyperparameters.num_envs=4", "hyperparameters.n_steps=16",
+    "hyperparameters.batch_size=32", "env.max_new_tokens=16", "env.max_depth=3", "env.width=3", "env.budget=2",
+]  # fmt: skip
+AS_TEXT = {part: {str(n): seconds for n, seconds in curve.items()} for part, curve in COSTS.items()}
+
+
+@pytest.fixture(scope="module")
+def root(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of runs with one of the default stanza of SpecDepth-v0, at a budget of 2."""
+    env = [f"env.{key}={value}" for key, value in tiny.items() if key != "clock"]
+    experiment = load_experiment("SpecDepth-v0", "ppo", [*env, *SMALL])
+    found = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spec_envs.experiments.traces.record.costs_of", lambda *_: AS_TEXT)
+        train.run(experiment, "SpecDepth-v0", "ppo", 0, found / "SpecDepth-v0" / "ppo-0")
+    return found
+
+
+def trace_in(root: Path) -> Trace:
+    return Trace.load(next((root / "traces").glob("*-tree")))
+
+
+def test_all_of_a_run_has_the_prices_of_its_trace(root: Path) -> None:
+    run = root / "SpecDepth-v0" / "ppo-0"
+    results, table = json.loads((run / "results.json").read_text()), CostTable.load(str(run / "clock.json"))
+    assert table.curves == trace_in(root).costs().curves
+    assert {int(n): s for n, s in results["priced"]["costs"]["verify"].items()} == table.verify
+    assert "the run began" in results["priced"]["source"]
+
+
+def test_static_settings_are_the_best_of_all_on_the_training_texts(root: Path) -> None:
+    """At a budget of 2 the environment offers three depths, the pair all depths and budgets."""
+    trace, chosen = trace_in(root), read_sealed(root / "SpecDepth-v0" / "ppo-0" / "static.json", "")
+    for keywords, best in (({"budget": 2}, chosen["best"]), ({}, chosen["pair"])):
+        control = make_control("SpecDepth-v0" if keywords else "SpecTree-v0", {"max_depth": 3, "width": 3} | keywords)
+        bounds = Bounds(trace, control, trace.costs(), trace.of_split("train"), 16)
+        rates = bounds.throughput(bounds.static())
+        assert tuple(best) == bounds.plans.names[int(np.argmax(rates))]
+    assert chosen["best"][1] == 2 and len(chosen["tokens_per_second"]) == 3
+    arms = json.loads((root / "SpecDepth-v0" / "ppo-0" / "results.json").read_text())["arms"]
+    assert (PAIR in arms) == (chosen["best"] != chosen["pair"])
+    assert "over_static" in arms["ppo"] and ("over_" + PAIR in arms["ppo"]) == (PAIR in arms)
+
+
+def test_both_static_settings_may_be_the_same(root: Path) -> None:
+    trace = trace_in(root)
+    control = make_control("SpecTree-v0", {"max_depth": 3, "width": 3})
+    best = best_recorded(trace, control, trace.costs(), 16)
+    assert best.best == best.pair and len(best.tokens_per_second) == 4 * len(control.budgets)
+    assert not weighable(make_control("SpecBudget-v0", {"depth": "random"}))
+    assert not weighable(make_control("SpecK-v0", {"adjustment_interval": 64}))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_trace_of_another_machine_is_priced_anew(
+    moved: bool, root: Path, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trace_in(root).folder, tmp_path / "trace")
+    trace, env = Trace.load(tmp_path / "trace"), {**tiny, "clock": "wall"}
+    here = this_machine(train.resolve_device("cpu"), trace.manifest.dtype)
+    trace.manifest.made_with = asdict(replace(here, processor="another") if moved else here)
+    here_costs = {part: {n: 2 * s for n, s in curve.items()} for part, curve in AS_TEXT.items()}
+
+    def calibrated(table: Path, *_: Any) -> Path:
+        if not table.exists():
+            write_sealed(table, here_costs)
+        return table
+
+    monkeypatch.setattr(train, "calibrated", calibrated)
+    table = train.price_of(trace, tmp_path / "clock.json", env, make_control("SpecDepth-v0", env))
+    assert CostTable.load(str(table)).verify[1] == trace.costs().verify[1] * (2 if moved else 1)
