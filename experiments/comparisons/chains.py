@@ -45,7 +45,7 @@ FIXED = (4, 8, 16)
 LONGEST = 24  # most tokens that any arm drafts
 CONTROLLERS = (
     *("adaptive-k", "adaptive-k-tuned", "hf-schedule-tuned", "gammatune-tuned", "ucb-tuned", "confidence-tuned"),
-    *("svip-tuned", "adaedl-tuned", "specdec++-tuned", "ppo", "ppo-token"),
+    *("svip-tuned", "adaedl-tuned", "specdec++-tuned", "ppo", "ppo-live"),
 )
 ON_SERVER = (
     "adaptive-k",

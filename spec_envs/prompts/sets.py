@@ -2,7 +2,9 @@
 
 The shipped set has five tasks, named after the benchmarks that they resemble (the texts were written for this project):
 ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and ``humaneval`` (code).
-A sixth, ``json`` (structured output), is used only where it is named. Each is split into train, validation and test.
+Further sets are used only where they are named: ``json`` (structured output), ``translation``, ``questions``,
+``retrieval`` (with passages), ``rewriting``, ``extraction``, ``dialogue`` (several turns) and ``long_context``. Each is
+split into train, validation, test and final.
 
 Other sets are read from ``{data_dir}/{name}/question.jsonl``, the format of published speculative-decoding evaluations,
 of which the first turns are used. A name that ends in ``.json`` or ``.jsonl`` is a log of conversations
@@ -24,14 +26,16 @@ from transformers import PreTrainedTokenizerBase
 from spec_envs.files import DATA, at_home
 from spec_envs.prompts.conversations import is_log, read_log
 from spec_envs.prompts.questions import read_data_set, read_questions
-from spec_envs.prompts.rows import SPLITS
+from spec_envs.prompts.rows import FINAL, SPLITS
 from spec_envs.prompts.templates import LONGEST, Refused, rendered
 from spec_envs.text import Detokenizer, encodable
 
 LOG = logging.getLogger(__name__)
 SHIPPED = DATA / "prompts"
 TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
-FURTHER = ("json",)  # shipped, but not part of "all"
+FURTHER = (  # shipped, but not part of "all"
+    *("json", "translation", "questions", "retrieval", "rewriting", "extraction", "dialogue", "long_context"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,16 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     Args:
         names: names of sets, separated by commas; ``"all"`` stands for every local set (of the shipped ones,
             ``TASKS``).
-        split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``. Rows of a foreign file that state no split are
+        split: ``"train"``, ``"validation"``, ``"test"``, ``"final"``, which is for published results only, or ``"all"``
+            of them but the final one. Rows of a foreign file that state no split are
             divided by a hash of their text: six tenths train, one tenth validation, three tenths test.
         data_dir: folder of ``{name}/question.jsonl`` files; None for the shipped set.
 
     Raises:
         ValueError: unknown name or split, or a malformed file; the sentence names it.
     """
-    if split not in (*SPLITS, "all"):
-        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}, all")
+    if split not in (*SPLITS, FINAL, "all"):
+        raise ValueError(f"split is {split!r}; expected one of {', '.join((*SPLITS, FINAL))}, all")
     wanted = [name.strip() for name in names.split(",")]
     found = prompt_files(data_dir) if any("/" not in name and not is_log(name) for name in wanted) else {}
     every = [name for name in found if data_dir is not None or name in TASKS]
@@ -83,7 +88,11 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
         else:
             turns = read_questions(found[name]) if name in found else read_data_set(name)
         logged = is_log(name) or name not in found
-        prompts += [Prompt(task, t.text, t.history, logged) for t in turns if split in (t.split, "all")]
+        prompts += [
+            Prompt(task, t.text, t.history, logged)
+            for t in turns
+            if split == t.split or (split == "all" and t.split != FINAL)
+        ]
     if not prompts:
         raise ValueError(f"the prompt sets {', '.join(chosen)} have no prompt in the split {split!r}")
     return prompts

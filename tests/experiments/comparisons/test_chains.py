@@ -62,7 +62,7 @@ def test_unknown_stanza_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("stanza", "message"),
-    [("ppo", "ppo is trained to decide every cycle"), ("ppo-token", "leave out adjustment_interval")],
+    [("ppo-live", "ppo-live is trained to decide every cycle"), ("ppo-token", "leave out adjustment_interval")],
 )
 def test_policies_per_cycle_or_token_are_refused_on_server(tmp_path: Path, stanza: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -3,10 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
-from spec_envs.prompts.sets import SPLITS, TASKS, encode, load_prompts
+from spec_envs.prompts.rows import FINAL
+from spec_envs.prompts.sets import FURTHER, SPLITS, TASKS, encode, load_prompts
 
 
 def test_shipped_prompts_are_disjoint_and_cover_every_task() -> None:
@@ -17,6 +19,20 @@ def test_shipped_prompts_are_disjoint_and_cover_every_task() -> None:
         new = {p.text for p in prompts}
         assert len(new) == len(prompts) and not new & texts
         texts |= new
+
+
+@pytest.mark.parametrize("name", [*TASKS, *FURTHER])
+def test_every_set_has_four_splits_that_never_mix(name: str) -> None:
+    splits = {split: [(p.history, p.text) for p in load_prompts(name, split)] for split in (*SPLITS, FINAL)}
+    assert min(map(len, splits.values())) >= 3
+    assert len({one for texts in splits.values() for one in texts}) == sum(map(len, splits.values()))
+    everything = {(p.history, p.text) for p in load_prompts(name, "all")}
+    assert everything == {one for split in SPLITS for one in splits[split]}  # and nothing of the final split
+
+
+def test_environments_do_not_draw_the_final_split() -> None:
+    with pytest.raises(ValueError, match="split is 'final'; expected one of train, validation, test, all"):
+        gym.make("SpecK-v0", trace="qwen2.5-coder-32b-cpu", split=FINAL)
 
 
 def test_question_files_in_a_folder(tmp_path: Path) -> None:
