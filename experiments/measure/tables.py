@@ -92,7 +92,8 @@ def tables(
     source, curves = "measured when the run began", None
     if not decoder.clock.priced and (in_process(decoder) or (control.link and not is_address(control.link))):
         if not costs:
-            source, costs = "measured after these texts", prices(local_decoder(env, control), env, control)
+            measured = decoder if in_process(decoder) else local_decoder(env, control)
+            source, costs = "measured after these texts", prices(measured, env, control)
         curves = dict(costs.curves)
     results = Results(
         arms=summary(samples, compared(samples, references)),

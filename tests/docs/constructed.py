@@ -219,14 +219,16 @@ def findings(env_id: str) -> Findings:
     rules = list(GRIDS[env_id])
     live = results(["static", *LEARNED, *rules], ["plain", "static"], [*LEARNED, *rules])
     over = {name: OverStatic(*vars(row.over["static"]).values()) for name, row in live.arms.items()}
-    learned = Learned(ratio=interval(1.05), seeds=[1.05], train_seconds=2.0, forwards=1000, chosen="hindsight-0")
+    ratios = {"ratio": interval(1.05), "over_pair": interval(1.04), "over_fastest": interval(1.0)}
+    learned = Learned(**ratios, seeds=[1.05], train_seconds=2.0, forwards=1000, chosen="hindsight-0")
+    setting = [2, 7] if env_id != "SpecK-v0" else [4]
     return Findings(
         settings=FAST,
         checks=Checks(CURVES, MACHINE, Equality(40, 0, 0, 1.0), Speeds(100.0, 1e6, 1e4), RecordingCost(0.01, 0.02)),
-        references=References([2, 7] if env_id != "SpecK-v0" else [4], 1.4, 1.01, 1.3, 1.08),
-        replay=dict.fromkeys(LEARNED, learned) | {name: Tuned(settings={}, value=1.0, by_domain=1.0) for name in rules},
+        references=References(setting, 1.4, 1.01, 1.3, 1.08, setting, 1.0),
+        replay=dict.fromkeys(LEARNED, learned) | {name: Tuned(**ratios, settings={}, by_domain=1.0) for name in rules},
         hindsight_train_s=2.0,
-        other_costs={"qwen3-14b-a6000": OtherCosts([4] if env_id == "SpecK-v0" else [2, 7], 1.02, 1.1)},
+        other_costs={"qwen3-14b-a6000": OtherCosts(setting, 1.02, 1.1)},
         few_texts=[FewTexts(1, 100, 1.0), FewTexts(3, 200, 1.06)],
         tasks={"gsm8k": 1.05},
         gap_share=0.3,

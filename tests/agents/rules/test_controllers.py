@@ -225,8 +225,8 @@ def test_specdec_learns_acceptance_and_saves_it(tmp_path: Path) -> None:
         again.load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["ucb", "ppo"])
-def test_useless_drafter_is_not_used(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stanza", ["ucb", "ppo-live"])
+def test_useless_drafter_is_not_used(stanza: str, tmp_path: Path) -> None:
     """If almost nothing is accepted, learning controllers end at K = 0: on held-out texts at least 0.97 of plain
     speed."""
     profile = json.loads((PROFILES / f"{NAME}.json").read_text())
@@ -235,10 +235,10 @@ def test_useless_drafter_is_not_used(name: str, tmp_path: Path) -> None:
     path = tmp_path / "useless.json"
     path.write_text(json.dumps(profile | {"static_over_plain": 1.0}))
     overrides = [f"env.trace={path}", "env.max_new_tokens=256"]
-    experiment = load_experiment("SpecK-v0", name, overrides)
+    experiment = load_experiment("SpecK-v0", stanza, overrides)
     env = gym.make("SpecK-v0", **experiment.env).unwrapped
-    agent = AGENTS[name](control=env.control, **experiment.hyperparameters)
-    if name == "ppo":
+    agent = AGENTS[experiment.agent](control=env.control, **experiment.hyperparameters)
+    if stanza == "ppo-live":
         agent.learn(8192, env)
     rates = [
         Generation(env.decoder, Policy(env.control, agent), [2] * 64, 1024, np.random.default_rng(seed)).run()
