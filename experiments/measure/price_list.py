@@ -40,7 +40,7 @@ DEEPEST, LONGEST = 4, 8  # levels of these trees, and tokens of the chains
 
 @dataclass(frozen=True)
 class Scales:
-    """What texts cost that are decoded, over the medians of their forwards.
+    """The factors between what decoded texts cost and the medians of their forwards.
 
     Attributes:
         plain: of a step of plain decoding.
