@@ -14,7 +14,7 @@ from spec_envs.decoding.decoder import Decoder
 from spec_envs.experiments.measure import costs
 from spec_envs.experiments.measure import price_list as lists
 from spec_envs.experiments.measure.arms import Encoded, Sample
-from spec_envs.experiments.measure.live import decoder_for, encoded_prompts, local_decoder
+from spec_envs.experiments.measure.live import encoded_prompts, local_decoder
 from spec_envs.experiments.measure.statistics import at_prices
 
 ALONE = {"verify": {1: 2.0, 4: 3.0, 8: 4.0}, "draft": {1: 0.5, 10: 1.0}}
@@ -110,4 +110,3 @@ def test_every_decoder_has_a_price_list(
         seconds = [curve[n] for n in sorted(curve)]
         assert seconds == sorted(seconds) and seconds[0] > 0
     assert set(table.drafters) == ({str(tiny["drafter"]), str(tiny_draft)} if env_id == "drafter" else set())
-    assert decoder_for(env, control).clock is not None
