@@ -250,6 +250,7 @@ class SpecEnv(gym.Env[np.ndarray, int], EzPickle):
             "accepted": cycle.accepted if cycle else 0,
             "drafted": cycle.drafted if cycle else 0,
             "verified": cycle.verified if cycle else 0,
+            "beside": cycle.beside if cycle else 0,
             "bytes_up": cycle.bytes_up if cycle else 0,
             "bytes_down": cycle.bytes_down if cycle else 0,
             "seconds": {part: s for part, s in seconds.items() if part != "prefill"},

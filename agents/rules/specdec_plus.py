@@ -142,9 +142,10 @@ class SpecDecPlusAgent(StopRule):
             if not info["emitted"]:
                 chain.append(observation)
                 continue
-            rejected = info["accepted"] < len(chain) and not over
-            seen += chain[: info["accepted"] + rejected]
-            labels += [1.0] * min(len(chain), info["accepted"]) + [0.0] * rejected
+            of_chain = info["accepted"] - info["beside"]
+            rejected = of_chain < len(chain) and not over
+            seen += chain[: of_chain + rejected]
+            labels += [1.0] * min(len(chain), of_chain) + [0.0] * rejected
             chain, length = [], self._length(progress)
             if over:
                 progress.texts += 1

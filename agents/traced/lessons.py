@@ -77,6 +77,6 @@ def lessons_of(env: ReplayVectorEnv, plans: Plans, observations: np.ndarray, whi
     seen = np.repeat(observations[:, None], plans.levels, 1)
     if plans.stepwise:
         seen[:, :, : env.control.draft_columns] = cycles.observed[row]
-    accepted = np.minimum(cycles.accepted[row], left - 1).astype(np.float32)
+    accepted = np.minimum((cycles.accepted - cycles.beside)[row], left - 1).astype(np.float32)
     forwards = np.broadcast_to(cycles.forwards, cycles.accepted.shape)[row].astype(np.float32)
     return Lessons(seen, accepted, forwards, env.pending[which].copy())

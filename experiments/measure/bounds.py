@@ -53,7 +53,7 @@ class Bounds:
         self.draft = prices(
             [self.table], "draft", max(self.most + max(plans.deepest, int(cycles.first.max())), plans.width) + 1
         )[0]
-        verify = prices([self.table], "verify", int(plans.nodes.max()) + 1)[0]
+        verify = prices([self.table], "verify", int(cycles.nodes.max()) + 1)[0]
         self.accepted = cycles.accepted.astype(np.int64)
         rows, shape = self.trace.rows, self.accepted.shape
         self.further = np.broadcast_to(cycles.further(self.draft[None])[0], shape)

@@ -36,7 +36,7 @@ from spec_envs.arguments import (
 from spec_envs.controls import CONTROLS, make_control
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.traces.arrays import read_npz
-from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSION, Manifest, Recorded, joined, write_folder
+from spec_envs.decoding.traces.files import COLUMNS, MANIFEST, VERSIONS, Manifest, Recorded, joined, write_folder
 from spec_envs.decoding.traces.portfolio import CONTENTS, PortfolioTrace, write_contents
 from spec_envs.decoding.traces.recorder import Columns, Recorder, block_of, kind_of
 from spec_envs.decoding.traces.trace import Trace
@@ -185,7 +185,7 @@ def assemble(plan: Plan, folder: Path) -> None:
         raise ValueError("every text ends with its first token: there is nothing to record; give other prompts")
     settings, block = plan.settings, block_of(decoder)
     manifest = Manifest(
-        version=VERSION,
+        version=VERSIONS[kind_of(decoder)],
         kind=kind_of(decoder),
         target=plan.target,
         drafter=settings["drafter"],

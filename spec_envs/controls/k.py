@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from spec_envs.checked import check_number
 from spec_envs.controls import candidates
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Setting
 from spec_envs.controls.observation.entries import (
@@ -38,6 +39,7 @@ from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.llama_cpp.engine import drafter_for, open_server
 from spec_envs.decoding.llama_cpp.server import check_server_args
 from spec_envs.decoding.loading import Models
+from spec_envs.decoding.tree import ALTERNATIVES
 from spec_envs.prompts.sets import TASKS
 
 VERIFY, DRAFT = 0, 1
@@ -100,8 +102,12 @@ class KControl(Control):
 
     ## Arguments
 
-    - `k_max=16`: tokens of the longest chain, 1 or more.
+    - `k_max=16`: tokens of the longest chain, 2 or more.
     - `decision="cycle"`: `"cycle"` decides before a chain is drafted, `"token"` after each of its tokens.
+    - `alternatives=None`: how many further tokens of each of the draft model's distributions are verified beside the
+      one that it drafted, 0 to 3. Where the target rejects a token for one of them, that is accepted, and one token more
+      is emitted. By default 3, or 0 on a server and with an `adjustment_interval`.
+    - `alternative_chance=0.04`: least probability that the draft model gives to such a token and those before it.
     - `engine="torch"`: `"torch"` decodes in this process; with `"llama-server"` a server of llama.cpp decodes whole
       segments.
     - `adjustment_interval=None`: tokens that a decision is kept for; by default one cycle, or 64 on a server.
@@ -127,6 +133,8 @@ class KControl(Control):
         engine: str = "torch",
         adjustment_interval: int | None = None,
         server_args: list[str] | None = None,
+        alternatives: int | None = None,
+        alternative_chance: float = 0.04,
         observation: str = "default",
         cost_features: bool = False,
     ):
@@ -143,6 +151,14 @@ class KControl(Control):
             raise ValueError('decision="token" decides within a chain; leave out adjustment_interval and llama-server')
         if server_args and engine != "llama-server":
             raise ValueError(f"server_args is {server_args!r}, which is for engine='llama-server', not {engine!r}")
+        if alternatives is None:
+            alternatives = 0 if interval else ALTERNATIVES
+        if not 0 <= alternatives <= ALTERNATIVES:
+            raise ValueError(f"alternatives is {alternatives}; expected 0 to {ALTERNATIVES}")
+        if alternatives and interval:
+            raise ValueError("alternatives are for chains that are decided one by one; leave out adjustment_interval")
+        check_number("alternative_chance", alternative_chance, lambda chance: 0 < chance < 1, "a number in (0, 1)")
+        self.alternatives, self.alternative_chance = alternatives, alternative_chance
         check_server_args(server_args or ())
         self.server_args = server_args or ()
         self.k_max, self.max_depth, self.decision, self.engine = k_max, k_max - 1, decision, engine
@@ -162,13 +178,19 @@ class KControl(Control):
 
     def open_models(self, models: Models, clock: WallClock | None) -> Engine:
         if self.engine == "torch":
-            return super().open_models(models, clock)
+            return self._with_alternatives(super().open_models(models, clock))
         return open_server(models, self.k_max, self.adjustment_interval, clock, self.server_args)
 
     def open_recording(self, trace: str, clock: WallClock) -> Engine:
         if self.engine != "torch":
             raise ValueError(f"trace is {trace!r}, which takes the place of {self.engine}; give one of the two")
-        return super().open_recording(trace, clock)
+        return self._with_alternatives(super().open_recording(trace, clock))
+
+    def _with_alternatives(self, engine: Engine) -> Engine:
+        """Return an engine of this process that verifies alternatives as this control has it."""
+        if isinstance(engine, Decoder):
+            engine.verify_alternatives(self.alternatives, self.alternative_chance)
+        return engine
 
     def _entries(self) -> list[Entry]:
         counters = [
@@ -240,12 +262,23 @@ class KControl(Control):
         return {"k": [k for k in candidates.KS if k <= self.k_max]}
 
     def static(self, *values: Setting) -> tuple[Control, Setting]:
-        return KControl(self.k_max, observation="counters"), values[0]
+        return self._of_counters(), values[0]
+
+    def _of_counters(self) -> KControl:
+        """Return the control of the same chains for settings that look at nothing."""
+        return KControl(
+            self.k_max,
+            alternatives=self.alternatives,
+            alternative_chance=self.alternative_chance,
+            observation="counters",
+        )
 
     def plans(self) -> Plans:
         if self.adjustment_interval:
             return super().plans()
-        return chain_plans(self.k_max, DRAFT if self.decision == "token" else None, self.place("drafted"))
+        drafts = DRAFT if self.decision == "token" else None
+        least = float(np.log(self.alternative_chance))
+        return chain_plans(self.k_max, drafts, self.place("drafted"), self.alternatives, least)
 
     def details(self, decoder: Any, cycle: Cycle | None) -> dict[str, Any]:
         if self.engine == "torch" or cycle is None or not decoder.finished:

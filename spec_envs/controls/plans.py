@@ -34,6 +34,8 @@ class Plans:
             where each level takes a forward.
         copied: tokens of the longest chain of copies that is drafted, whole, in place of a tree of any size; 0 where
             nothing is copied in front of a head.
+        alternatives: most tokens that are verified beside each token of a chain.
+        least: lowest log-probability of the path to such a token.
     """
 
     sizes: np.ndarray
@@ -48,6 +50,8 @@ class Plans:
     shown: int | None = None
     block: int | None = None
     copied: int = 0
+    alternatives: int = 0
+    least: float = 0.0
 
     @property
     def stepwise(self) -> bool:
@@ -221,13 +225,22 @@ def tree_plans(
     return Plans(sizes, offered, candidates, ends, drafts, made, runs_out, False, width, shown)
 
 
-def chain_plans(k_max: int, drafts: int | None = None, shown: int | None = None) -> Plans:
+def chain_plans(
+    k_max: int,
+    drafts: int | None = None,
+    shown: int | None = None,
+    alternatives: int = 0,
+    least: float = 0.0,
+) -> Plans:
     """Return the plans of chains of up to ``k_max`` tokens, which are verified whole.
 
     Args:
-        drafts, shown: see ``Plans``. Where chains are drafted token by token, action 0 verifies; else action K drafts K
+        drafts, shown, alternatives, least: see ``Plans``. Where chains are drafted token by token, action 0 verifies; else action K drafts K
             tokens.
     """
     sizes = np.arange(k_max + 1)
     ends = sizes if drafts is None else np.zeros(k_max + 1, np.int64)
-    return Plans(sizes, sizes, sizes, ends, drafts, 0, drafts is not None, True, 1, shown)
+    runs_out = drafts is not None
+    return Plans(
+        *(sizes, sizes, sizes, ends, drafts, 0, runs_out, True, 1, shown), alternatives=alternatives, least=least
+    )

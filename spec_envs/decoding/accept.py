@@ -77,28 +77,41 @@ def sampled(
 
 def chained(
     tokens: np.ndarray,
+    parents: np.ndarray,
     proposals: Sequence[np.ndarray],
     probabilities: Callable[[int], np.ndarray],
     uniform: Callable[[], float],
 ) -> tuple[list[int], int]:
-    """Keep a prefix of a drawn chain so that the emitted tokens are distributed as the target's own samples.
+    """Keep a prefix of a drawn chain, and perhaps an alternative after it, so that the emitted tokens are distributed as
+    the target's own samples.
 
     A token x drawn from q is accepted with probability min(1, p(x)/q(x)). After the first rejection the next token is
     drawn from max(0, p − q), after a wholly accepted chain from the target's next distribution (Leviathan et al. 2023,
-    arXiv 2211.17192, algorithm 1).
+    arXiv 2211.17192, algorithm 1). Alternatives of the rejected token only depend on q and on the token itself, so they
+    are tested in turn as candidates for the draw from max(0, p − q), as the children of a node of a tree are
+    (``sampled``).
 
     Args:
-        tokens: the chain ``[n]``.
-        proposals: the distribution ``[vocab]`` from which each token was drawn.
+        tokens, parents: the verified nodes ``[n]``: a chain, then alternatives of its tokens.
+        proposals: the distribution ``[vocab]`` from which each token of the chain was drawn.
         probabilities: returns the target's distribution ``[vocab]`` at a row (0 is the root).
         uniform: draws a number from [0, 1).
 
     Returns:
         The accepted nodes from the root on, and the token drawn after them.
     """
-    kept = prefix(tokens, [q[token] for q, token in zip(proposals, tokens, strict=True)], probabilities, uniform)
-    p = probabilities(kept)
-    return list(range(kept)), inverse_cdf(p if kept == len(tokens) else residual(p, proposals[kept]), uniform())
+    chain = tokens[: len(proposals)]
+    kept = prefix(chain, [q[token] for q, token in zip(proposals, chain, strict=True)], probabilities, uniform)
+    path, p = list(range(kept)), probabilities(kept)
+    if kept == len(chain):
+        return path, inverse_cdf(p, uniform())
+    left = residual(p, proposals[kept])
+    for node in range(len(chain), len(tokens)):
+        if parents[node] == kept - 1:
+            if uniform() * left.sum() < left[tokens[node]]:
+                return [*path, node], inverse_cdf(probabilities(node + 1), uniform())
+            left[tokens[node]] = 0.0
+    return path, inverse_cdf(left, uniform())
 
 
 def prefix(

@@ -15,8 +15,8 @@ class Drafted:
     Attributes:
         tokens, parents, levels: ``[n]``.
         path: indices of the accepted nodes.
-        probabilities, entropies: ``[n]`` for a chain, probabilities of its tokens and entropies in nats of the
-            distributions they were drafted from; empty for a tree.
+        probabilities, entropies: of a chain's tokens, without their alternatives, the probabilities, and the entropies
+            in nats of the distributions that they were drafted from; empty for a tree.
     """
 
     tokens: np.ndarray
@@ -38,14 +38,15 @@ class Cycle:
     Attributes:
         tokens: what it emitted, cut at EOS and at max_new_tokens.
         accepted: number of emitted tokens that were drafted.
-        drafted: number of candidates drafted.
-        verified: number of drafted nodes sent to the target (the root not counted).
+        drafted: number of candidates drafted, the alternatives of a chain not counted.
+        verified: number of drafted nodes sent to the target (the root not counted), alternatives included.
         depth: number of expansions after the first level.
         seconds: by part (draft, verify, network, policy).
         nodes: the verified nodes.
         bytes_up, bytes_down: sent to the target and received from it over a network.
         unverified: number of emitted tokens that the target never saw.
         drafter: name of the one of several drafters that was asked; ``""`` where there is one only, or nobody was.
+        beside: number of accepted tokens that are not of a chain but alternatives beside it, 0 or 1.
     """
 
     tokens: list[int]
@@ -59,6 +60,7 @@ class Cycle:
     bytes_down: int = 0
     unverified: int = 0
     drafter: str = ""
+    beside: int = 0
 
     @property
     def emitted(self) -> int:
@@ -77,8 +79,8 @@ def merged(cycles: Sequence[Cycle]) -> Cycle:
     last."""
     if len(cycles) == 1:
         return cycles[0]
-    counts = ("accepted", "drafted", "verified", "bytes_up", "bytes_down", "unverified")
-    accepted, drafted, verified, *rest = (sum(getattr(c, name) for c in cycles) for name in counts)
+    added = ("accepted", "drafted", "verified", "bytes_up", "bytes_down", "unverified", "beside")
+    counts = {name: sum(getattr(cycle, name) for cycle in cycles) for name in added}
     seconds = {part: sum(cycle.seconds[part] for cycle in cycles) for part in cycles[0].seconds}
     tokens = [token for cycle in cycles for token in cycle.tokens]
-    return Cycle(tokens, accepted, drafted, verified, cycles[-1].depth, seconds, cycles[-1].nodes, *rest)
+    return Cycle(tokens, depth=cycles[-1].depth, seconds=seconds, nodes=cycles[-1].nodes, **counts)

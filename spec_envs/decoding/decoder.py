@@ -12,7 +12,7 @@ import torch
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import NO_NODES, Cycle, Drafted
-from spec_envs.decoding.drafters.base import Drafter
+from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
 from spec_envs.decoding.drafters.copying import remembers
 from spec_envs.decoding.engine import Engine, TextEngine, check_room
 from spec_envs.decoding.model.transformer import Transformer
@@ -80,7 +80,7 @@ class Decoder(TextEngine):
         self._begin(prompt, max_new_tokens)
         self.tree.clear()
         with self.clock.time("prefill", len(prompt)):
-            first = self.verifier.start(prompt, positions + self.tree.capacity, rng)
+            first = self.verifier.start(prompt, positions + self.tree.capacity * (1 + self.alternatives), rng)
             if self.drafter:
                 self.drafter.start([*prompt, first], positions, self.verifier.features, rng)
         self.clock.travel(self.verifier.traffic.seconds, "prefill", self.verifier.traffic.simulated)
@@ -88,6 +88,23 @@ class Decoder(TextEngine):
         self.finished = first in self.eos or max_new_tokens == 1
         self.drafting = False
         self._mark()
+
+    @property
+    def alternatives(self) -> int:
+        """Most alternatives that are verified beside each token of a chain."""
+        return self.drafter.alternatives if isinstance(self.drafter, ChainDrafter) else 0
+
+    def verify_alternatives(self, count: int, chance: float) -> None:
+        """Verify alternatives beside the tokens of a chain from the next text on, where the drafter has a distribution to
+        take them from.
+
+        Args:
+            count: most for each token, up to ``ALTERNATIVES``.
+            chance: least probability that the drafter gives an alternative together with the tokens before it.
+        """
+        if isinstance(self.drafter, ChainDrafter):
+            self.drafter.alternatives = count
+            self.tree = Tree(1, self.max_depth, np.log(chance))
 
     @property
     def local(self) -> LocalVerifier:
@@ -152,8 +169,8 @@ class Decoder(TextEngine):
         return self.tree.size > before
 
     def verify(self, budget: int | None = None) -> Cycle:
-        """Verify the ``budget`` best candidates (all by default) in one forward of the target; at least one token is
-        emitted.
+        """Verify the ``budget`` best candidates (all by default) in one forward of the target, a chain's with their
+        alternatives; at least one token is emitted.
 
         Without a first level, or with budget 0, this is one step of plain decoding.
 
@@ -168,13 +185,18 @@ class Decoder(TextEngine):
         selected = min(drafted, budget if budget is not None else drafted)
         if self.tree.proposals and selected < drafted:
             raise ValueError(f"budget is {budget}, but {drafted} tokens were drawn; a drawn chain is verified whole")
-        with self.clock.time("verify", selected + 1):
+        with self.clock.time("verify", selected + 1) as forward:
             tokens, parents, levels = self.tree.subtree(self.tree.select(selected))
+            if self.tree.alternatives:
+                nodes_beside = self.tree.beside(selected)
+                tokens, parents, levels = map(np.concatenate, zip((tokens, parents, levels), nodes_beside, strict=True))
+                forward.rows = len(tokens) + 1
             verdict = self.verifier.verify(tokens, parents, levels, self.tree.proposals)
         emitted = self._cut([*(int(tokens[node]) for node in verdict.path), verdict.token])
         accepted = min(len(verdict.path), len(emitted))
         nodes = Drafted(tokens, parents, levels, verdict.path[:accepted], *self._confidence(selected))
-        counts = {"accepted": accepted, "drafted": drafted, "verified": selected, "depth": depth}
+        counts = {"accepted": accepted, "drafted": drafted, "verified": len(tokens), "depth": depth}
+        counts["beside"] = sum(node >= selected for node in verdict.path[:accepted])
         return self._emit(emitted, self.verifier.traffic, nodes, **counts)
 
     def cycle(self, k: int) -> Cycle:
@@ -199,7 +221,7 @@ class Decoder(TextEngine):
             self.drafter.commit(emitted, self.verifier.features)
         self.clock.travel(traffic.seconds, "verify", traffic.simulated)
         seconds = self._cycle_seconds()
-        counts = dict.fromkeys(("accepted", "drafted", "verified", "depth"), 0) | counts
+        counts = dict.fromkeys(("accepted", "drafted", "verified", "depth", "beside"), 0) | counts
         sent = {"bytes_up": traffic.bytes_up, "bytes_down": traffic.bytes_down}
         by = self.drafter.drafting if self.drafter else ""
         self.cycles.append(Cycle(tokens=emitted, seconds=seconds, nodes=nodes, drafter=by, **counts, **sent))

@@ -89,6 +89,13 @@ class Proposal:
         """Return the token that ``u`` in [0, 1) draws."""
         return int(self.ids[inverse_cdf(self.weights.astype(np.float64), u)])
 
+    def best(self, count: int, but: int) -> np.ndarray:
+        """Return the most probable tokens other than ``but``, up to ``count`` of them; none of probability 0."""
+        order = np.argsort(-self.weights, kind="stable")[: count + 1]
+        tokens = self.ids[order[self.weights[order] > 0]]
+        found: np.ndarray = tokens[tokens != but][:count]
+        return found
+
     def truncated(self, k: int) -> Proposal:
         """Return the distribution over the ``k`` most probable tokens, as it is sent over a network.
 

@@ -77,7 +77,8 @@ class Verifier(Protocol):
 
         Args:
             tokens, parents, levels: the nodes; see ``Tree.subtree``.
-            proposals: the distributions from which the tokens of a sampled chain were drawn, or none.
+            proposals: the distributions from which the tokens of a sampled chain were drawn, or none; the chain comes
+                first, alternatives of its tokens follow it.
         """
 
     def decode(self, count: int, eos: Collection[int]) -> list[int]:
@@ -186,7 +187,7 @@ class LocalVerifier:
 
         if proposals:
             drawn_from = [proposal.dense(self.vocab) for proposal in proposals]
-            return Verdict(*accept.chained(tokens, drawn_from, distribution, self.rng.random))
+            return Verdict(*accept.chained(tokens, parents, drawn_from, distribution, self.rng.random))
         return Verdict(*accept.sampled(tokens, parents, distribution, self.rng.random))
 
     def _probabilities(self, logits: Tensor) -> np.ndarray:

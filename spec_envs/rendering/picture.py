@@ -52,7 +52,7 @@ def picture(engine: Engine, title: str, last: Cycle | None, plain_rate: float) -
     view = ended(engine, last) if last else under_way(engine)
     root = engine.tokens[-1 - last.emitted if last else -1]
     if len(view.tokens) or (last and not last.drafted and last.emitted == 1):
-        is_chain = engine.tree.width == 1 or view.is_chain or not len(view.tokens)
+        is_chain = view.is_chain or not len(view.tokens)
         (draw_chain if is_chain else draw_tree)(canvas, engine, view, root)
     elif last and last.drafted:
         canvas.text(

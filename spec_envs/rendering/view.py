@@ -34,7 +34,15 @@ class Candidates(NamedTuple):
 
     @classmethod
     def of(cls, tree: Tree) -> Candidates:
-        return cls(tree.tokens.copy(), tree.parents.copy(), tree.levels.copy(), tree.scores.copy())
+        """Return the nodes of a tree, and after those of a chain its alternatives."""
+        tokens, parents, levels = tree.beside(tree.size)
+        scores = [one.scores for one in tree.alternatives]
+        return cls(
+            np.concatenate([tree.tokens, tokens]),
+            np.concatenate([tree.parents, parents]),
+            np.concatenate([tree.levels, levels]),
+            np.concatenate([tree.scores, *scores]),
+        )
 
 
 class KeptTree(Tree):
@@ -45,9 +53,9 @@ class KeptTree(Tree):
         last: the nodes of the last tree that had any.
     """
 
-    def __init__(self, width: int, max_depth: int):
+    def __init__(self, width: int, max_depth: int, least: float):
         self.size = 0
-        super().__init__(width, max_depth)
+        super().__init__(width, max_depth, least)
         self.last = Candidates.of(self)
 
     def clear(self) -> None:
@@ -58,7 +66,7 @@ class KeptTree(Tree):
 
 def keep_trees(engine: Engine) -> None:
     """Have an engine keep what a picture shows of its last cycle."""
-    engine.tree = KeptTree(engine.tree.width, engine.max_depth)
+    engine.tree = KeptTree(engine.tree.width, engine.max_depth, float(engine.tree.least))
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,8 @@ def ended(engine: Engine, cycle: Cycle) -> View:
     """Return the candidates of the engine's last cycle; none if it drafted none or does not report them."""
     own = cycle.tokens[-1] if cycle.emitted > cycle.accepted and not cycle.unverified else None
     nodes = engine.tree.last if isinstance(engine.tree, KeptTree) else Candidates.of(engine.tree)
-    if len(nodes.tokens) != cycle.drafted:
+    drafted = len(np.unique(nodes.levels)) if engine.tree.width == 1 else len(nodes.tokens)  # without alternatives
+    if drafted != cycle.drafted:
         return View(*(np.zeros(0, np.int64),) * 3, np.zeros(0), [], [], own)
     ids = verified_ids(nodes, cycle)
     states = [State.DRAFTED if cycle.unverified else State.LEFT_OUT] * len(nodes.tokens)

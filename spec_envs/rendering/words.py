@@ -30,6 +30,8 @@ def happened(cycle: Cycle, width: int) -> str:
         return f"nothing drafted · the target alone emitted {emitted}"
     if width == 1 or cycle.drafted == cycle.depth + 1:
         drafted, verified = f"drafted {counted(cycle.drafted, 'token')}", f"verified {cycle.verified}"
+        if cycle.verified > cycle.drafted:
+            verified += " with alternatives"
     else:
         drafted = f"drafted {counted(cycle.depth + 1, 'level')}"
         verified = f"verified {cycle.verified} of {cycle.drafted} candidates"

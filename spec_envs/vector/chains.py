@@ -62,7 +62,7 @@ class Chains:
         self.matched = np.minimum(1.0, np.asarray(trace.columns["matched"]) / LONGEST).astype(np.float32)
         longest = trace.manifest.max_new_tokens + k_max + 1  # all of them copied, and read by no forward so far
         self.forward = prices(tables, "draft", longest)
-        self.verification = prices(tables, "verify", k_max + 1)
+        self.verification = prices(tables, "verify", int(cycles.nodes.max()) + 1)
         self.further = cycles.further(self.forward)
         lengths = np.array([len(text.prompt) for text in trace.texts])
         self.text_of = np.repeat(np.arange(len(lengths)), np.diff(trace.starts))
@@ -115,10 +115,12 @@ class Chains:
         return self._outcome(verified, self.forward[self.clock, rows])
 
     def _outcome(self, verified: np.ndarray, seconds: np.ndarray) -> Outcome:
-        accepted = self.cycles.accepted[self.row, self.size]
+        accepted, sent, beside = (
+            getattr(self.cycles, name)[self.row, self.size] for name in ("accepted", "nodes", "beside")
+        )
         self.before = self.row.copy()
-        verify = verified * self.verification[self.clock, self.size + 1]
-        return Outcome(verified, accepted, self.size, self.size, seconds, verify)
+        verify = verified * self.verification[self.clock, sent + 1]
+        return Outcome(verified, accepted, self.size, sent, seconds, verify, beside=beside)
 
     def verified(
         self, which: np.ndarray, accepted: np.ndarray, emitted: np.ndarray, finished: np.ndarray
@@ -129,7 +131,8 @@ class Chains:
         self.unread[which] = catch_up.left_unread(
             self.unread[which], self.read[which], emitted[which], self.cycles.right[row]
         )
-        self.decided[which] = np.stack([accepted[which], size], 1)
+        chain = np.minimum(accepted[which], self.cycles.right[row])  # without an alternative
+        self.decided[which] = np.stack([chain, size], 1)
         self.recent.push(which, self.decided[which].astype(np.int32))
         if self.means is not None:
             self.last[which] = self.means[row, size]

@@ -13,6 +13,7 @@ from spec_envs.controls.plans import Plans
 from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.traces.full_trees import level_slice, sizes
 from spec_envs.decoding.traces.trace import Trace
+from spec_envs.decoding.tree import NEVER
 
 CHUNK = 2048  # rows whose observed entries are computed together
 
@@ -29,7 +30,8 @@ class CycleTable:
         plans: the plans of the control.
         sizes: ``[sizes]``, the different sizes of the plans.
         accepted: ``[rows, plans]``, tokens of the text among the verified nodes.
-        drafted, nodes: ``[rows, plans]``, nodes drafted, and how many of them are verified.
+        drafted, nodes: ``[rows, plans]``, nodes drafted, and how many are verified, the alternatives of a chain included.
+        beside: ``[rows, plans]``, 1 where the last accepted token is not of a chain but an alternative beside it.
         asked: ``[rows, plans]``, True if the drafter makes a forward.
         forwards: ``[rows, plans]``, forwards after the first decision.
         first: ``[rows]``, rows of the first forward besides those of unread tokens: tokens that are copied before the
@@ -69,6 +71,7 @@ class CycleTable:
             self.accepted[:, i] = ((at >= 0) & (at < budget)).sum(1)
         self.drafted = np.take_along_axis(reached, drafted, 1)
         self.nodes = np.minimum(self.drafted, plans.budgets)
+        self.beside = np.broadcast_to(np.int64(0), self.drafted.shape)
         self.asked = np.broadcast_to(~self.copied[:, None], self.drafted.shape)
         further = np.maximum(0, plans.sizes - plans.first) if plans.stepwise else np.zeros(len(plans.sizes), np.int64)
         block = self.trace.manifest.rows_of_block(self.control.max_depth)
@@ -83,8 +86,10 @@ class CycleTable:
         columns, k_max = self.trace.columns, self.plans.deepest
         length = np.minimum(columns["length"], k_max).astype(np.int64)
         self.right = np.minimum(columns["right"], length).astype(np.int64)
-        self.drafted = self.nodes = np.minimum(length[:, None], self.plans.sizes)
-        self.accepted = np.minimum(self.right[:, None], self.plans.sizes)
+        self.drafted = np.minimum(length[:, None], self.plans.sizes)
+        further, self.beside = self._alternatives()
+        self.nodes = self.drafted + further
+        self.accepted = np.minimum(self.right[:, None], self.plans.sizes) + self.beside
         self.copied = copied_tokens(self.trace, k_max)
         asked = ~self.copied & (np.arange(k_max) < length[:, None])
         self.forwards = np.pad(asked.cumsum(1), ((0, 0), (1, 0)))
@@ -97,6 +102,27 @@ class CycleTable:
             self.gaps[:, at] = np.where(asked[:, at] & (last >= 0), at - last, 0)
             last = np.where(asked[:, at], at, last)
             self.read[:, at + 1] = np.maximum(last, 0)
+
+    def _alternatives(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many alternatives are verified beside the chains of every plan, and where one of them is accepted,
+        ``[rows, plans]``."""
+        count, plans, columns = self.plans.alternatives, self.plans, self.trace.columns
+        if not count:
+            return (np.broadcast_to(np.int64(0), self.drafted.shape),) * 2
+        k_max, rows = plans.deepest, np.arange(self.trace.rows)
+        tokens = np.asarray(columns["tokens"])
+        paths = RecordedChains(self.trace, k_max).paths
+        above = np.pad(paths[:, :-1], ((0, 0), (1, 0)))
+        scores = np.asarray(columns["alternative_log_probs"][:, :k_max, :count]) + above[:, :, None]
+        kept = (scores >= np.float32(plans.least)) & (scores > NEVER)
+        verified = np.pad(kept.sum(2).cumsum(1), ((0, 0), (1, 0)))
+        wrong = np.minimum(self.right, k_max - 1)  # the first token of the chain that is not the text's
+        ends = np.repeat(self.trace.starts[1:], np.diff(self.trace.starts))
+        following = rows + 1 + self.right
+        own = tokens[np.minimum(following, len(tokens) - 1)]
+        found = kept[rows, wrong] & (np.asarray(columns["alternatives"])[rows, wrong, :count] == own[:, None])
+        caught = found.any(1) & (following < ends)
+        return np.take_along_axis(verified, self.drafted, 1), caught[:, None] & (self.right[:, None] < self.drafted)
 
     def further(self, draft: np.ndarray) -> np.ndarray:
         """Return the seconds of a cycle's forwards after its first one, ``[tables, rows, plans]``.

@@ -9,7 +9,7 @@ import numpy as np
 from spec_envs.decoding.clock import PARTS
 
 SHOWN = tuple(part for part in PARTS if part != "prefill")
-COUNTS = ("emitted", "accepted", "drafted", "verified", "bytes_up", "bytes_down")
+COUNTS = ("emitted", "accepted", "drafted", "verified", "beside", "bytes_up", "bytes_down")
 
 
 def gathered(values: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:

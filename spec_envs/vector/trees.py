@@ -20,9 +20,10 @@ class Outcome(NamedTuple):
     Attributes:
         verified: True where the cycle ended; ``accepted``, ``drafted`` and ``sent`` have a meaning only there.
         accepted: tokens of the text among the verified nodes.
-        drafted, sent: nodes drafted, and how many of them were verified.
+        drafted, sent: nodes drafted, and how many were verified.
         draft, verify: seconds of the drafter and of the target.
         details: what the control adds to the info of the step.
+        beside: tokens among the accepted ones that are alternatives beside a chain.
     """
 
     verified: np.ndarray
@@ -32,6 +33,7 @@ class Outcome(NamedTuple):
     draft: np.ndarray
     verify: np.ndarray
     details: Mapping[str, np.ndarray] = MappingProxyType({})
+    beside: np.ndarray | int = 0
 
 
 class Trees:

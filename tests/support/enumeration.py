@@ -22,7 +22,7 @@ class Branch:
         return self
 
     def __lt__(self, threshold: float) -> bool:
-        below = min(1.0, threshold / self.scale)
+        below = min(1.0, threshold / self.scale) if self.scale else 0.0  # in a branch of probability 0
         return self.oracle.fork([below, 1 - below]) == 0
 
 

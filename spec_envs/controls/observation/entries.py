@@ -174,9 +174,9 @@ def may_copy(drafter: type) -> bool:
 
 
 def acceptance(cycles: Sequence[Cycle]) -> float:
-    """Return accepted over drafted tokens: a ratio of sums, not a mean of ratios."""
+    """Return accepted over drafted tokens, alternatives beside them not counted: a ratio of sums, not a mean of ratios."""
     drafted = sum(cycle.drafted for cycle in cycles)
-    return sum(cycle.accepted for cycle in cycles) / drafted if drafted else 0.0
+    return sum(cycle.accepted - cycle.beside for cycle in cycles) / drafted if drafted else 0.0
 
 
 def one_hot(name: str, names: tuple[str, ...]) -> list[float]:

@@ -1,4 +1,5 @@
-"""From a drafter's logits to the one child of a chain's last node: the most probable token, or one that is drawn."""
+"""From a drafter's logits to the one child of a chain's last node, the most probable token or one that is drawn, and its
+alternatives."""
 
 from __future__ import annotations
 
@@ -15,16 +16,17 @@ MostProbable = Callable[[Tensor, Tensor | None, int], tuple[Tensor, Tensor, Tens
 
 
 def most_probable_child(
-    logits: Tensor, extra: Tensor | None, ids: np.ndarray | None, most_probable: MostProbable
+    logits: Tensor, extra: Tensor | None, ids: np.ndarray | None, most_probable: MostProbable, columns: int = 1
 ) -> Children:
-    """Return the most probable token of each row.
+    """Return the most probable token of each row, and as alternatives the next ones.
 
     Args:
         logits, extra: ``[n, a]`` and ``[n, b]`` (or None), taken side by side.
         ids: the target's ids of the ``a + b`` outputs; None where an output's index is its id.
         most_probable: ``layers.most_probable`` or ``integers.most_probable``.
+        columns: tokens of each row, alternatives included.
     """
-    index, *rest = most_probable(logits, extra, 1)
+    index, *rest = most_probable(logits, extra, columns)
     tokens, (log_probs, entropies) = index.cpu().numpy(), (values.cpu().numpy() for values in rest)
     return Children(tokens if ids is None else ids[tokens], log_probs, entropies)
 
@@ -36,8 +38,10 @@ def drawn_child(
     sampling: tuple[float, float],
     top_k: int | None,
     u: float,
+    alternatives: int = 0,
 ) -> Children:
-    """Return the token that ``u`` in [0, 1) draws from one row of logits, with its proposal.
+    """Return the token that ``u`` in [0, 1) draws from one row of logits, with its proposal, and as alternatives the most
+    probable ones of the others.
 
     Args:
         logits, extra, ids: as of ``most_probable_child``, of one row.
@@ -50,4 +54,6 @@ def drawn_child(
         proposal = proposal.truncated(top_k)
     token = proposal.draw(u)
     entropy = -np.sum(q * np.log(np.maximum(q, 1e-300)))
-    return Children(np.array([[token]]), np.log([[proposal.probability(token)]]), np.array([entropy]), proposal)
+    tokens = np.concatenate([[token], proposal.best(alternatives, token)])
+    chances = [[proposal.probability(one) for one in tokens.tolist()]]
+    return Children(tokens[None], np.log(chances), np.array([entropy]), proposal)

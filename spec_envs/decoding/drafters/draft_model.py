@@ -111,6 +111,11 @@ class DraftModelDrafter(ChainDrafter):
         self.unread, self.chain = [], chain
         return children, len(rows)
 
+    @property
+    def _columns(self) -> int:
+        """Tokens that are proposed after each row."""
+        return min(1 + self.alternatives, self.vocab)
+
     def preview(self, tokens: list[int]) -> Children:
         """Draft as if ``tokens`` were the unread ones, to time a forward between cycles; the state stays as it was."""
         kept, self.unread, self.chain = (self.unread, self.committed), tokens, []
@@ -138,7 +143,7 @@ class DraftModelDrafter(ChainDrafter):
             seen: see ``KVCache.mask``.
 
         Returns:
-            The child of each of the last rows: the most probable token, or one that was drawn.
+            The child of each of the last rows: the most probable token, or one that was drawn; then its alternatives.
         """
         n, length = len(tokens), self.cache.length
         if self.call is None:
@@ -147,7 +152,7 @@ class DraftModelDrafter(ChainDrafter):
         largest = self.model.shape.vocab - 1  # see _read
         ids = [min(token, largest) for token in tokens]
         extra = None if self.vocabulary is None else self.vocabulary.rows
-        _, index, log_probs, entropies = self.call(None, ids, positions, self.cache, extra, 1, last, seen)
+        _, index, log_probs, entropies = self.call(None, ids, positions, self.cache, extra, self._columns, last, seen)
         self.cache.length += n
         return Children(index if self.vocabulary is None else self.vocabulary.ids[index], log_probs, entropies)
 
@@ -168,8 +173,8 @@ class DraftModelDrafter(ChainDrafter):
         extra = None if self.vocabulary is None else self.vocabulary.logits(self.model.norm(hidden))
         ids = None if self.vocabulary is None else self.vocabulary.ids
         if self.temperature == 0:
-            return most_probable_child(logits, extra, ids, self.most_probable)
-        return drawn_child(logits, extra, ids, self.sampling, self.top_k, self.rng.random())
+            return most_probable_child(logits, extra, ids, self.most_probable, self._columns)
+        return drawn_child(logits, extra, ids, self.sampling, self.top_k, self.rng.random(), self.alternatives)
 
 
 def on_the_target(

@@ -15,7 +15,7 @@ from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
-from spec_envs.decoding.tree import Children, Tree
+from spec_envs.decoding.tree import ALTERNATIVES, Children, Tree
 
 Chains = DraftModelDrafter | CopyingDrafter | LookupDrafter | SuffixDrafter
 NO_FEATURES = torch.empty(0)  # features of the target, which no drafter of chains reads
@@ -101,6 +101,7 @@ def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: S
     model = live.model if isinstance(live, CopyingDrafter) else live
     if not isinstance(model, DraftModelDrafter):
         raise ValueError(f"chains of a {type(model).__name__} cannot be drafted together; expected a draft model")
+    model.alternatives = ALTERNATIVES
     model.start([*prompt, text[0]], len(text) + TOGETHER * longest, NO_FEATURES, np.random.default_rng(0))
     for run in same_vocabulary(model.vocabulary, text[:-1]):
         scripts = [Scripted(model) for _ in range(run.start, run.stop)]

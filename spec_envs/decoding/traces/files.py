@@ -13,9 +13,10 @@ import numpy as np
 
 from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.traces.full_trees import level_slice
+from spec_envs.decoding.tree import ALTERNATIVES
 from spec_envs.files import is_file, whole, write_bytes
 
-VERSION = 2
+VERSIONS = {"tree": 2, "chain": 3}  # chains of version 2 have no alternatives
 MANIFEST = "manifest.json"
 COLUMNS: dict[str, dict[str, Any]] = {
     "tree": {
@@ -39,6 +40,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
         "length": np.int16,
         "copied": np.bool_,
         "matched": np.int16,
+        "alternatives": np.int32,
+        "alternative_log_probs": np.float32,
     },
 }
 
@@ -135,8 +138,8 @@ def read_folder(folder: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
         raise ValueError(f"there is no trace in {folder}: it has no {MANIFEST}; record one with `spec-envs trace`")
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-        if manifest.version != VERSION:
-            raise ValueError(f"it is of version {manifest.version}, this is version {VERSION}")
+        if manifest.version != VERSIONS[manifest.kind]:
+            raise ValueError(f"it is of version {manifest.version}, this is version {VERSIONS[manifest.kind]}")
         check_manifest(manifest)
         rows, columns = sum(text.tokens for text in manifest.texts), {}
         for name, dtype in COLUMNS[manifest.kind].items():
@@ -189,7 +192,9 @@ def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
         shapes |= {"entropies": (1 + width * manifest.max_depth,), "path": (levels,), "ranks": (levels, levels)}
     else:
         shapes |= {"entropies": (nodes,), "copied": (nodes,)}
+        shapes |= dict.fromkeys(("alternatives", "alternative_log_probs"), (nodes, ALTERNATIVES))
     highest = {"tokens": manifest.vocab, "drafted": manifest.vocab, "path": nodes, "ranks": nodes}
+    highest["alternatives"] = manifest.vocab
     highest |= {"right": nodes + 1, "length": nodes + 1}
     for name, column in columns.items():
         if column.shape[1:] != shapes.get(name, ()):
@@ -197,7 +202,7 @@ def check_columns(manifest: Manifest, columns: dict[str, np.ndarray]) -> None:
         lowest = -1 if name in ("path", "ranks") else 0
         if name in highest and not lowest <= column.min() <= column.max() < highest[name]:
             raise ValueError(f"{name}.npy holds numbers that are not from {lowest} to {highest[name] - 1}")
-        missing = np.isneginf(column) if name == "log_probs" else False  # where a tree has no node
+        missing = np.isneginf(column) if name.endswith("log_probs") else False  # where there is no node
         if column.dtype.kind == "f" and not (np.isfinite(column) | missing).all():
             raise ValueError(f"{name}.npy holds numbers that are not finite")
 

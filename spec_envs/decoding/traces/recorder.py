@@ -19,7 +19,7 @@ from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.traces.chain_recorder import Chain, Chains, chains_everywhere
 from spec_envs.decoding.traces.full_trees import grown, level_slice, on_path
 from spec_envs.decoding.traces.tree_recorder import Drawn, Trees, trees_everywhere
-from spec_envs.decoding.tree import NEVER
+from spec_envs.decoding.tree import ALTERNATIVES, NEVER
 from spec_envs.decoding.verifier import LocalVerifier, Verdict
 
 Columns = dict[str, np.ndarray]
@@ -139,6 +139,8 @@ def chain_columns(chains: Sequence[Chain], tokens: Sequence[int], longest: int) 
         "log_probs": np.zeros((n, longest), np.float32),
         "entropies": np.zeros((n, longest), np.float32),
         "copied": np.zeros((n, longest), bool),
+        "alternatives": np.zeros((n, longest, ALTERNATIVES), np.int32),
+        "alternative_log_probs": np.full((n, longest, ALTERNATIVES), NEVER, np.float32),
         "length": np.zeros(n),
         "matched": np.zeros(n),
         "right": np.zeros(n),
@@ -149,6 +151,10 @@ def chain_columns(chains: Sequence[Chain], tokens: Sequence[int], longest: int) 
         columns["log_probs"][i, :size] = np.diff(chain.tree.scores, prepend=np.float32(0))
         columns["entropies"][i, :size] = [float(e[0]) for e in chain.tree.entropies]
         columns["copied"][i, :size] = chain.copied
+        for level, (beside, scores) in enumerate(chain.tree.alternatives):
+            columns["alternatives"][i, level, : len(beside)] = beside
+            above = chain.tree.scores[level - 1] if level else np.float32(0)
+            columns["alternative_log_probs"][i, level, : len(beside)] = scores - above
         columns["length"][i], columns["matched"][i] = size, chain.matched
         ahead = text[i + 1 : i + 1 + size]
         wrong = np.flatnonzero(chain.tree.tokens[: len(ahead)] != ahead)

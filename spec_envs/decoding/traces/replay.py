@@ -223,10 +223,12 @@ class ChainReplay(Replay, ChainDrafter):
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         """Return the token that was drafted after a chain, and the rows of the recorded forward; 0 for a copy."""
         row, at = self.position.row, len(chain)
-        token, log_prob = self.columns["drafted"][row, at], self.columns["log_probs"][row, at]
-        children = Children(
-            np.array([[token]], np.int64), np.array([[log_prob]]), self.columns["entropies"][row, at : at + 1]
-        )
+        further = [
+            self.columns[name][row, at, : self.alternatives] for name in ("alternatives", "alternative_log_probs")
+        ]
+        tokens = np.append(self.columns["drafted"][row, at], further[0]).astype(np.int64)
+        log_probs = np.append(self.columns["log_probs"][row, at], further[1])
+        children = Children(tokens[None], log_probs[None], self.columns["entropies"][row, at : at + 1])
         if self.columns["copied"][row, at]:
             return children, 0
         rows = catch_up.rows(self.unread, at, self.read)

@@ -13,11 +13,13 @@ column, with a row per emitted token. Row i of a text is the state in which its 
 | ``entropies`` | of the distribution after the root and after each node that was expanded | after each token |
 | ``path`` | ``[L]`` which node of each level is on the text's path, -1 for none | |
 | ``ranks`` | ``[L, L]`` for each depth, the place of that node among all candidates up to it | |
+| ``alternatives``, ``alternative_log_probs`` | | ``[K, 3]`` further tokens of the distribution of each |
 | ``right``, ``length`` | | how many of the first tokens are the text's; tokens drafted |
 | ``copied`` | whether the tree is of copies, which take no forward | ``[K]`` which tokens were copied |
 | ``matched`` | how many of the text's last tokens occurred in it before | the same |
 
-A tree may have fewer nodes than a full one: where a node is missing, its ``log_probs`` is −inf.
+A tree may have fewer nodes than a full one: where a node is missing, its ``log_probs`` is −inf, and so are the
+``alternative_log_probs`` of a token without alternatives, such as a copy.
 """
 
 from __future__ import annotations

@@ -81,9 +81,11 @@ def test_observation_per_cycle(pair: dict[str, Any]) -> None:
         assert info["drafted"] == action == last.drafted
         for n, value in zip((4, 16), read("acceptance"), strict=True):
             drafted = sum(c.drafted for c in cycles[-n:])
-            assert value == pytest.approx(sum(c.accepted for c in cycles[-n:]) / drafted if drafted else 0.0)
+            of_chains = sum(c.accepted - c.beside for c in cycles[-n:])
+            assert value == pytest.approx(of_chains / drafted if drafted else 0.0)
         assert read("last_k")[0] == pytest.approx(action / 8)
-        assert read("last_acceptance")[0] == pytest.approx(last.accepted / action if action else 0.0)
+        of_chain = last.accepted - last.beside
+        assert read("last_acceptance")[0] == pytest.approx(of_chain / action if action else 0.0)
         assert len(last.nodes.probabilities) == len(last.nodes.entropies) == action
         if action:
             assert read("confidence")[0] == pytest.approx(last.nodes.probabilities.mean(), abs=1e-6)

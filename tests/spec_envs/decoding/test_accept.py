@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from spec_envs.decoding import accept
+from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.tree import ROOT
 from tests.support.enumeration import VOCAB, Branch, Oracle, chained_exactly, random_texts, total_variation
 
@@ -82,31 +84,67 @@ def test_tree_sampling_keeps_targets_distribution(nodes: int, seed: int) -> None
     assert total_variation(found, target_distribution(tokens, parents, p)) < 1e-12
 
 
-def chain_distribution(rule: Callable, length: int, p: dict, q: dict) -> dict[tuple, float]:
-    """Return the distribution of the tokens that a cycle emits when its chain is sampled from the draft."""
+def chain_distribution(rule: Callable, length: int, p: dict, q: dict, alternatives: int = 0) -> dict[tuple, float]:
+    """Return the distribution of the tokens that a cycle emits when its chain is sampled from the draft, and the most
+    probable other tokens are verified beside each of the chain."""
     found: dict[tuple, float] = {}
     for tokens in itertools.product(range(VOCAB), repeat=length):
         proposals = [q[tokens[:i]] for i in range(length)]
         drawn = np.prod([proposal[token] for proposal, token in zip(proposals, tokens, strict=True)])
         if drawn == 0:
             continue
-        rows = np.array([p[tokens[:i]] for i in range(length + 1)])
-        for outcome, probability in distribution(rule, np.array(tokens, dtype=np.int64), proposals, rows).items():
+        beside = [
+            (i, token)
+            for i, proposal in enumerate(proposals)
+            for token in Proposal(np.arange(VOCAB), proposal).best(alternatives, tokens[i]).tolist()
+        ]
+        nodes = np.array([*tokens, *(token for _, token in beside)], dtype=np.int64)
+        parents = np.array([*range(-1, length - 1), *(i - 1 for i, _ in beside)])
+        rows = np.array([p[tokens[:i]] for i in range(length + 1)] + [p[(*tokens[:i], token)] for i, token in beside])
+        bound = functools.partial(rule, nodes, parents)
+        whole = lambda _, given, *rest, bound=bound: bound(given, *rest)  # noqa: E731
+        for outcome, probability in distribution(whole, nodes, proposals, rows).items():
             found[outcome] = found.get(outcome, 0.0) + drawn * probability
     return found
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_sampled_chains_keep_targets_distribution(length: int, seed: int) -> None:
+@pytest.mark.parametrize("alternatives", [0, 1, 3])
+def test_sampled_chains_keep_targets_distribution(length: int, seed: int, alternatives: int) -> None:
     p, q = random_texts(length, seed)
-    assert chained_exactly(chain_distribution(accept.chained, length, p, q), length, p) < 1e-12
+    found = chain_distribution(accept.chained, length, p, q, alternatives)
+    assert chained_exactly(found, length, p) < 1e-12
+    longest = sum(probability for text, probability in found.items() if len(text) == length + 1)
+    alone = sum(
+        probability
+        for text, probability in chain_distribution(accept.chained, length, p, q).items()
+        if len(text) == length + 1
+    )
+    assert longest > alone if alternatives else longest == pytest.approx(alone)
+
+
+def test_enumeration_detects_alternatives_of_the_wrong_distribution() -> None:
+    """Testing an alternative against the target's distribution, and not against what is left of it, is biased."""
+
+    def wrong(tokens: Any, parents: Any, proposals: Any, probabilities: Any, uniform: Any) -> tuple[list[int], int]:
+        p = probabilities(0).copy()
+        if uniform() * proposals[0][tokens[0]] < p[tokens[0]]:
+            return [0], accept.inverse_cdf(probabilities(1), uniform())
+        if uniform() * p.sum() < p[tokens[1]]:
+            return [1], accept.inverse_cdf(probabilities(2), uniform())
+        left = accept.residual(p, proposals[0])
+        left[tokens[1]] = 0.0
+        return [], accept.inverse_cdf(left, uniform())
+
+    p, q = random_texts(1, 0)
+    assert chained_exactly(chain_distribution(wrong, 1, p, q, 1), 1, p) > 0.01
 
 
 def test_enumeration_detects_wrong_residual() -> None:
     """Zeroing only the rejected token gives (.425, .275, .30), while the target has (.4, .4, .2)."""
 
-    def wrong(tokens: Any, proposals: Any, probabilities: Any, uniform: Any) -> tuple[list[int], int]:
+    def wrong(tokens: Any, parents: Any, proposals: Any, probabilities: Any, uniform: Any) -> tuple[list[int], int]:
         p = probabilities(0).copy()
         if uniform() * proposals[0][tokens[0]] < p[tokens[0]]:
             return [0], accept.inverse_cdf(probabilities(1), uniform())

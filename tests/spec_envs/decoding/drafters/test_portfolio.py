@@ -50,9 +50,9 @@ class EnumeratedTarget:
             whole = (*self.text, *reversed(path))
             return self.p[whole] if len(whole) <= LENGTH else np.full(VOCAB, 1 / VOCAB)  # cut off in the end
 
+        given = [[proposal.dense(VOCAB) for proposal in proposals]] if proposals else []
         rule: Any = accept.chained if proposals else accept.sampled
-        given = [proposal.dense(VOCAB) for proposal in proposals] if proposals else parents
-        path, token = rule(tokens, given, distribution, lambda: Branch(self.oracle))
+        path, token = rule(tokens, parents, *given, distribution, lambda: Branch(self.oracle))
         self.text = (*self.text, *(int(tokens[node]) for node in path), token)[: LENGTH + 1]
         return Verdict(path, token)
 

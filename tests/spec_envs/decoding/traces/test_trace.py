@@ -231,7 +231,7 @@ def test_damaged_and_foreign_traces_are_refused(
     array.write_bytes(array.read_bytes()[:-1] + b"\x7f")
     (tmp_path / "cut" / "manifest.json").write_text("{")
     manifest = tmp_path / "old" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 0'))
+    manifest.write_text(manifest.read_text().replace('"version": 3', '"version": 0'))
     with pytest.raises(ValueError, match=r"damaged \(drafted.npy is not the file"):
         Trace.load(tmp_path / "broken")
     with pytest.raises(ValueError, match="damaged"):
