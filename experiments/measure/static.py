@@ -90,6 +90,8 @@ def weighable(control: Control) -> bool:
 
 def pair_control(control: Control) -> Control:
     """Return the control of the same drafts whose static settings are all that the pair of models offers."""
+    if isinstance(control, KControl):
+        return control.static(0)[0]
     if control.width == 1:
         return KControl(control.max_depth + 1, observation="counters")
     return TreeControl(control.max_depth, control.width)

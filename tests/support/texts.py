@@ -39,7 +39,13 @@ def chain_decoder(tiny: dict, draft: Path | str, **settings: Any) -> Decoder:
 
 
 def deviation(
-    tiny: dict, draft: Path | str, temperature: float, top_p: float, tokens: int = 2000, **settings: int
+    tiny: dict,
+    draft: Path | str,
+    temperature: float,
+    top_p: float,
+    tokens: int = 2000,
+    alternatives: int = 0,
+    **settings: int,
 ) -> float:
     """Return the p-value of a Kolmogorov–Smirnov test that sampled texts have the target's distribution.
 
@@ -48,6 +54,8 @@ def deviation(
     """
     decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p, **settings)
     decoder.eos = frozenset()
+    if alternatives:
+        decoder.verify_alternatives(alternatives, 0.02)
     drafter = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
     assert drafter is not None
     draft_model = drafter.model if isinstance(drafter, DraftModelDrafter) else None

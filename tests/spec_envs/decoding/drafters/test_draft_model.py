@@ -120,21 +120,31 @@ def test_size_of_a_shortlist_that_is_not_a_draft_models(tiny: dict) -> None:
             chain_decoder(tiny, name)
 
 
-@pytest.mark.parametrize(("size", "temperature", "top_p"), [("all", 1.0, 1.0), ("6", 0.8, 0.9)])
+@pytest.mark.parametrize(
+    ("size", "temperature", "top_p", "alternatives"), [("all", 1.0, 1.0, 0), ("all", 1.0, 1.0, 3), ("6", 0.8, 0.9, 2)]
+)
 def test_sampled_text_has_the_targets_distribution(
-    tiny: dict, tiny_draft: Path, size: str, temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+    tiny: dict,
+    tiny_draft: Path,
+    size: str,
+    temperature: float,
+    top_p: float,
+    alternatives: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     draft = f"{tiny_draft}@{size}"
-    assert deviation(tiny, draft, temperature, top_p) > 0.001
+    assert deviation(tiny, draft, temperature, top_p, alternatives=alternatives) > 0.001
     right = accept.chained
 
-    def without_residual(tokens: np.ndarray, *given: Any) -> tuple[list[int], int]:
-        path, token = right(tokens, *given)
-        *_, p, uniform = given
-        return path, token if len(path) == len(tokens) else accept.inverse_cdf(p(len(path)), uniform())
+    def without_residual(
+        tokens: np.ndarray, parents: np.ndarray, proposals: Any, p: Any, uniform: Any
+    ) -> tuple[list[int], int]:
+        path, token = right(tokens, parents, proposals, p, uniform)
+        rejected = len(path) < len(proposals) and path == list(range(len(path)))
+        return path, accept.inverse_cdf(p(len(path)), uniform()) if rejected else token
 
     monkeypatch.setattr(accept, "chained", without_residual)
-    assert deviation(tiny, draft, temperature, top_p) < 0.001
+    assert deviation(tiny, draft, temperature, top_p, alternatives=alternatives) < 0.001
 
 
 def test_sampled_chain_cannot_be_verified_in_part(tiny: dict, tiny_draft: Path, rng: np.random.Generator) -> None:
