@@ -175,6 +175,24 @@ def test_adaedl_threshold_follows_acceptance_rate() -> None:
     assert agent.threshold < raised
 
 
+@pytest.mark.parametrize(
+    ("decision", "entries", "drafted"),
+    [("token", {"free": 1.0}, 3), ("token", {}, 2), ("cycle", {"match": 2 / 16}, 3), ("cycle", {"match": 1 / 16}, 2)],
+)
+def test_copy_k_decides_by_the_first_token(decision: str, entries: dict[str, float], drafted: int) -> None:
+    control = KControl(4, decision=decision)
+    agent = AGENTS["copy-k"](control=control, k=2, k_copied=3)
+    if decision == "cycle":
+        assert agent.predict(observation_of(control, **entries))[0] == drafted
+        return
+    chain = [
+        observation_of(control, drafted=n / 4, **(entries if n == 0 else {"free": 1.0 - len(entries)}))
+        for n in range(4)
+    ]
+    assert [agent.predict(seen)[0] for seen in chain] == [1] * drafted + [0] * (4 - drafted)
+    assert AGENTS["copy-k"](control=KControl(4), k_copied=9).predict(observation_of(KControl(4), match=1.0))[0] == 4
+
+
 def test_gammatune_follows_accepted_length() -> None:
     control = KControl(16)
     agent = AGENTS["gammatune"](control=control, k=8, memory=0.5, growth=2.0, slack=1.0)
