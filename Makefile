@@ -81,7 +81,7 @@ drafter: $(READY)  ## train a drafter for a target, KIND=eagle3, parallel or dra
 standalone: $(READY)  ## write a draft model with its target's embedding, for transformers; ARGS="smollm2-135m-draft --out FOLDER"
 	$(SPEC_ENVS) standalone $(value ARGS)
 
-tune: $(READY)  ## tune AGENT, a published controller of ENV (SpecK-v0), on training prompts; SET; ARGS=--help
+tune: $(READY)  ## tune AGENT of ENV (SpecK-v0), a rule on training prompts or a trained agent on recorded texts; SET; ARGS=--help
 	set -f; $(SPEC_ENVS) tune "$(or $(TUNED),$$GIVEN_ENV)" $${GIVEN_AGENT:+--agent "$$GIVEN_AGENT"} --set $$GIVEN_SET $(value ARGS)
 
 generate: $(READY)  ## stream an answer to PROMPT under the policy of RUN

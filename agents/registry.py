@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spec_envs.agents.base import Agent
+from spec_envs.agents.baselines.copy_k import CopyKAgent
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.agents.choosers.fixed_order import FixedOrderAgent
@@ -39,6 +40,7 @@ AGENTS: dict[str, type[Agent]] = {
     "svip": SvipAgent,
     "adaedl": AdaedlAgent,
     "gammatune": GammaTuneAgent,
+    "copy-k": CopyKAgent,
     "ucb": UcbAgent,
     "ucb-budget": UcbBudgetAgent,
     "specdec++": SpecDecPlusAgent,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spec_envs.checked import in_words
 from spec_envs.settings import plain
 
+T = TypeVar("T")
 Natural = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
 Amount = Annotated[float, Ge(0)]
@@ -93,6 +94,11 @@ class SeededSettings(AgentSettings):
     """The hyper-parameters of an agent that draws random numbers."""
 
     seed: Natural = Field(0, description="seed of everything that the agent draws")
+
+
+def choices(own: T, *others: T) -> tuple[T, ...]:
+    """Return values to choose from in tuning: an agent's own one, and those of the others that differ from it."""
+    return tuple(dict.fromkeys((own, *others)))
 
 
 def as_tuples(value: Any) -> Any:

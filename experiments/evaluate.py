@@ -31,11 +31,12 @@ from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.price_list import kept
-from spec_envs.experiments.measure.results import PAIR, Best, Results
+from spec_envs.experiments.measure.results import COPIES, PAIR, Best, Results
 from spec_envs.experiments.measure.static import (
     best_recorded,
     best_static,
     pair_control,
+    policy_by_copies,
     search_in_words,
     static_policy,
     weighable,
@@ -99,6 +100,8 @@ def evaluate_run(
             fixed |= link_policies(control, decoder, static)
         if static.pair and static.pair != static.best:
             fixed |= {PAIR: static_policy(pair_control(control), static.pair)}
+        if static.copied and static.copied != 2 * static.best:
+            fixed |= {COPIES: policy_by_copies(control, static.copied)}
         policies |= fixed
         references += fixed
     policies[name] = Policy(control, agent)

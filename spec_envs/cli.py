@@ -39,7 +39,11 @@ SECTIONS = {
         "trace SpecTopK-v0": Command(
             "spec_envs.experiments.traces.record_expected", "", "record an expected-acceptance trace"
         ),
-        "tune": Command("spec_envs.experiments.tune", "ENV", "tune a published controller on training prompts"),
+        "tune": Command(
+            "spec_envs.experiments.tune",
+            "ENV",
+            "tune a published rule on training prompts, or a trained agent on recorded texts",
+        ),
         "minari": Command("spec_envs.experiments.traces.minari", "TRACE", "write episodes as a Minari data set"),
     },
     "Drafters and early exits": {

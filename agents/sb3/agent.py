@@ -29,6 +29,7 @@ from spec_envs.agents.sb3.deployed import bare
 from spec_envs.agents.sb3.settings import SB3Settings, settings_of
 from spec_envs.agents.sb3.vec_env import Floored, ReplayVecEnv
 from spec_envs.agents.schedules import schedule
+from spec_envs.agents.settings import choices
 from spec_envs.agents.timing import cold_seconds
 from spec_envs.controls.base import Control
 from spec_envs.decoding.exits.files import save_exit
@@ -139,16 +140,22 @@ class SB3Agent(Agent):
         Raises:
             ValueError: it has no probabilities of actions, or no decision to go on drafting.
         """
-        layer, drafts = getattr(self.model.policy, "action_net", None), None
-        if self.control.progress and not self.control.link:
-            drafts = self.control.plans().drafts
-        if drafts is None or not isinstance(layer, nn.Linear):
+        if (found := self._drafting()) is None:
             raise ValueError(
                 f"draft_chance is {chance}, but {self.algorithm} does not decide with a probability whether "
                 f"{self.control.env_id} goes on drafting; leave it out"
             )
+        layer, drafts = found
         with torch.no_grad():
             layer.bias[drafts] += math.log(chance / (1 - chance) * (layer.out_features - 1))
+
+    def _drafting(self) -> tuple[nn.Linear, int] | None:
+        """Return the layer whose outputs are the chances of actions, and the action that goes on drafting; None if the
+        policy has no such chances, or no such action."""
+        layer, drafts = getattr(self.model.policy, "action_net", None), None
+        if self.control.progress and not self.control.link:
+            drafts = self.control.plans().drafts
+        return None if drafts is None or not isinstance(layer, nn.Linear) else (layer, drafts)
 
     def redeploy(self) -> None:
         """Take the network out of the policy again, after the policy changed."""
@@ -207,6 +214,25 @@ class SB3Agent(Agent):
         if run.folder and (run.folder / BEST / WEIGHTS).exists():
             self.load(run.folder / BEST)
         return self
+
+    def space(self, trial: Any) -> dict[str, Any]:
+        own = dict(self.settings)
+        floors = choices(own["reward_floor"], None, -1.0, -3.0, -10.0)
+        found = {
+            "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True),
+            "reward_floor": trial.suggest_categorical("reward_floor", floors),
+        }
+        if "ent_coef" in own:
+            found["ent_coef"] = trial.suggest_float("ent_coef", 0.0, 0.03)
+        if "gae_lambda" in own:  # it learns from rollouts
+            steps = own["n_steps"]
+            lengths = choices(steps, max(2, steps // 4), max(2, steps // 2), 2 * steps)
+            found["n_steps"] = trial.suggest_categorical("n_steps", lengths)
+            found["gae_lambda"] = trial.suggest_float("gae_lambda", 0.8, 1.0)
+        if self._drafting():
+            chances = choices(own["draft_chance"], None, 0.7, 0.9)
+            found["draft_chance"] = trial.suggest_categorical("draft_chance", chances)
+        return found
 
     def _callbacks(self, run: Run, env: VecEnv) -> list[BaseCallback]:
         """Return the callbacks of a run, after continuing from its checkpoint if there is one."""

@@ -17,7 +17,7 @@ from torch import nn
 from spec_envs.agents.base import Agent
 from spec_envs.agents.journal import Journal
 from spec_envs.agents.run import Run
-from spec_envs.agents.settings import Amount, Count, Natural, SeededSettings
+from spec_envs.agents.settings import Amount, Count, Natural, SeededSettings, choices
 from spec_envs.agents.timing import REPEATS, cold_seconds, priced_network
 from spec_envs.agents.traced.lessons import Lessons, collected, replay_of
 from spec_envs.controls.base import Control
@@ -152,6 +152,14 @@ class TracedAgent(Agent):
                     journal.write("log", {"step": step, "round": number + 1, "loss": loss})
         journal.close()
         return self
+
+    def space(self, trial: Any) -> dict[str, Any]:
+        hidden = choices(self.settings.hidden, 16, 32, 64, 96)
+        return {
+            "steps": trial.suggest_int("steps", 50, 1000, log=True),
+            "learning_rate": trial.suggest_float("learning_rate", 3e-4, 3e-2, log=True),
+            "hidden": trial.suggest_categorical("hidden", hidden),
+        }
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Return the optimiser of one round, and the schedule of its learning rate."""

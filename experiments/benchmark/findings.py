@@ -31,6 +31,7 @@ class Learned:
     Attributes:
         ratio: interquartile mean over the seeds, with its interval over texts and seeds.
         over_pair, over_fastest: the same over the best static setting of the pair of models, and over the fastest arm.
+        over_copied: the same over the best two lengths of chains that may begin with copies; None without these.
         seeds: the ratio of each seed.
         train_seconds: median duration of the training over the seeds.
         forwards: forwards of the target that the same training takes live.
@@ -44,6 +45,7 @@ class Learned:
     chosen: str
     over_pair: Interval
     over_fastest: Interval
+    over_copied: Interval | None = None
 
     @property
     def value(self) -> float:
@@ -57,7 +59,7 @@ class Tuned:
     Attributes:
         settings: best hyper-parameters of the rule.
         ratio: the ratio if the tasks take turns, with its interval over texts.
-        over_pair, over_fastest: see ``Learned``.
+        over_pair, over_fastest, over_copied: see ``Learned``.
         by_domain: the ratio if all texts of a task come one after another.
     """
 
@@ -66,6 +68,7 @@ class Tuned:
     by_domain: float
     over_pair: Interval
     over_fastest: Interval
+    over_copied: Interval | None = None
 
     @property
     def value(self) -> float:
@@ -144,6 +147,8 @@ class References:
         static: values of S*, of all that the environment lets be decided.
         pair: the best static setting of the pair of models, of all depths and budgets, or chain lengths.
         pair_over_static: what that one makes.
+        copied, copied_over_static: the best two lengths of chains, of cycles whose first token the draft model drafts and
+            of those whose first token is a copy, and what they make; None where chains do not begin with copies.
         per_task_over_static: the best static setting of each task.
         clairvoyant: the clairvoyant optimum.
         informed: the best policy that could be learned from what an agent observes.
@@ -156,6 +161,8 @@ class References:
     informed: float
     pair: list[Any]
     pair_over_static: float
+    copied: list[int] | None = None
+    copied_over_static: float | None = None
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from spec_envs.experiments.benchmark.scale_out import mapped
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import Sample
 from spec_envs.experiments.measure.bounds import Bounds
-from spec_envs.experiments.measure.static import pair_control
+from spec_envs.experiments.measure.static import best_by_copies, pair_control
 from spec_envs.experiments.measure.statistics import over_texts_and_seeds, throughput
 
 
@@ -30,6 +30,8 @@ class Static(NamedTuple):
     Attributes:
         setting: of all that the environment lets be decided.
         pair: of all that the pair of models offers.
+        copied: two lengths of chains, without a copy at the beginning and with one; None with its seconds where chains do
+            not begin with copies.
     """
 
     setting: Sequence[Any]
@@ -37,6 +39,8 @@ class Static(NamedTuple):
     pair: Sequence[Any]
     pair_seconds: np.ndarray
     tokens: int
+    copied: Sequence[int] | None = None
+    copied_seconds: np.ndarray | None = None
 
     @property
     def per_token(self) -> float:
@@ -53,7 +57,16 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
     train_seconds, seconds, pair = bounds.static(), test.static(), whole.best(whole.static())
     best, own_best = bounds.best(train_seconds), bounds.best_by_task(train_seconds)
     names, others = bounds.plans.names, whole.plans.names
-    static = Static(names[best], seconds[:, best], others[pair], held_out.static()[:, pair], int(test.tokens.sum()))
+    copied = best_by_copies(whole)
+    static = Static(
+        names[best],
+        seconds[:, best],
+        others[pair],
+        held_out.static()[:, pair],
+        int(test.tokens.sum()),
+        copied,
+        None if copied is None else held_out.by_copies()[:, copied[0], copied[1]],
+    )
     total = float(static.seconds.sum())
     per_task = sum(seconds[i, own_best.get(task, best)] for i, task in enumerate(test.tasks))
     return static, References(
@@ -62,6 +75,8 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
         pair_over_static=total / float(static.pair_seconds.sum()),
         static_over_plain=static.tokens * table.seconds("verify", 1) / total,
         per_task_over_static=total / per_task,
+        copied=copied,
+        copied_over_static=None if static.copied_seconds is None else total / float(static.copied_seconds.sum()),
         clairvoyant=total / test.clairvoyant().sum(),
         informed=total / total_seconds(informed(problem, size.folds)),
     )
@@ -121,7 +136,7 @@ def ruled(problem: Problem, trace: Trace, size: Size) -> dict[str, Arm]:
 
 
 def rows_of(arms: Mapping[str, Arm], static: Static) -> dict[str, Learned | Tuned]:
-    """Return a row for every arm, over both static settings and over the fastest arm."""
+    """Return a row for every arm, over the static settings and over the fastest arm."""
     fastest = min(arms.values(), key=lambda arm: np.median(arm.seconds.sum(1))).seconds
     total = float(static.seconds.sum())
     found: dict[str, Learned | Tuned] = {}
@@ -131,6 +146,8 @@ def rows_of(arms: Mapping[str, Arm], static: Static) -> dict[str, Learned | Tune
             for other in (static.seconds[None], static.pair_seconds[None], fastest)
         )
         own: dict[str, Any] = {"ratio": ratio, "over_pair": over_pair, "over_fastest": over_fastest}
+        if static.copied_seconds is not None:
+            own["over_copied"] = over_texts_and_seeds(arm.seconds, static.copied_seconds[None])
         if "settings" in arm.row:
             found[name] = Tuned(**own, settings=arm.row["settings"], by_domain=total / arm.row["by_domain"])
         else:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.benchmark.findings import Benchmark, FewTexts, Findings, Learned, Tuned
-from spec_envs.experiments.measure.results import PAIR
+from spec_envs.experiments.measure.results import COPIES, PAIR
 from spec_envs.experiments.reports.figures import draw_ratios, drawn
 from spec_envs.experiments.reports.pages import Page, definitions, table
-from spec_envs.experiments.reports.report import markdown, setting_name
+from spec_envs.experiments.reports.report import lengths_in_words, markdown, setting_name
 
-NOT_ADAPTIVE = ("plain", "plain again", "static", "static again", PAIR)
+NOT_ADAPTIVE = ("plain", "plain again", "static", "static again", PAIR, COPIES)
 DETECTED = (1.96 + 0.84) / (2 * 1.96)  # least difference that is told with a power of 0.8, of the width of its interval
 
 
@@ -34,7 +34,8 @@ def headroom(results: dict[str, Findings]) -> list[str]:
     lines = [
         "Throughput on held-out texts, replayed under this machine's costs. S* is the best static setting, chosen on "
         "training texts, of all that the environment lets be decided; the pair's S* is that of all depths and budgets, or "
-        "chain lengths. I* is the informed optimum as far as it could be found: the best of cross-fitted learners and "
+        "chain lengths; S* by copies are the two best chain lengths, of cycles whose first token the draft model drafts and "
+        "of those whose first token is a copy. I* is the informed optimum as far as it could be found: the best of cross-fitted learners and "
         "tuned rules. C* is the clairvoyant optimum, which no policy can reach. Each environment is priced by what "
         "forwards cost while it was measured. *Per task* is the best static setting of each task. The last column is "
         "below 0 if `hindsight` is slower than S*.",
@@ -45,10 +46,12 @@ def headroom(results: dict[str, Findings]) -> list[str]:
         beyond = found.references
         ratios = (beyond.static_over_plain, beyond.per_task_over_static, beyond.informed, beyond.clairvoyant)
         pair = f"{named(beyond.pair)}: {beyond.pair_over_static:.3f}"
+        copied = f"{lengths_in_words(beyond.copied)}: {beyond.copied_over_static:.3f}" if beyond.copied else ""
         cells = [
             f"`{env_id}`",
             named(beyond.static),
             pair,
+            copied,
             *(f"{ratio:.3f}" for ratio in ratios),
             f"{found.learned['hindsight'].ratio:.3f}",
             f"{found.of_informed:.3f}",
@@ -59,6 +62,7 @@ def headroom(results: dict[str, Findings]) -> list[str]:
         "environment",
         "S*",
         "the pair's S* over S*",
+        "S* by copies over S*",
         "S* over plain",
         "S* per task",
         "I* over S*",
@@ -116,6 +120,7 @@ def of_environment(found: Findings) -> list[str]:
                 "arm",
                 "over S*",
                 "over the pair's S*",
+                "over S* by copies",
                 "over the fastest arm",
                 "training s",
                 "target forwards",
@@ -157,7 +162,8 @@ def of_environment(found: Findings) -> list[str]:
 
 def cells(row: Learned | Tuned) -> list[str]:
     """Return the cells of a replayed arm: ratio, training seconds and forwards."""
-    ratio, *others = (f"{interval:.3f}" for interval in (row.ratio, row.over_pair, row.over_fastest))
+    intervals = (row.ratio, row.over_pair, row.over_copied, row.over_fastest)
+    ratio, *others = (f"{interval:.3f}" if interval else "" for interval in intervals)
     if isinstance(row, Learned):
         return [ratio, *others, f"{row.train_seconds:.0f}", f"{row.forwards}", ""]
     settings = ", ".join(f"{key} {value}" for key, value in row.settings.items())

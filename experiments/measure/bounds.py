@@ -59,22 +59,35 @@ class Bounds:
         self.further = np.broadcast_to(cycles.further(self.draft[None])[0], shape)
         self.verify = np.broadcast_to(verify[cycles.nodes + 1], shape)
         self.asked, self.read = np.broadcast_to(cycles.asked, shape), np.broadcast_to(cycles.read, shape)
+        self.begins_with_copy = cycles.copied.reshape(rows, -1)[:, 0]
         self.copied, self.right = np.broadcast_to(cycles.first, rows), np.broadcast_to(cycles.right, rows)
 
     def static(self) -> np.ndarray:
         """Return the seconds of every text under every plan, ``[texts, plans]``; infinite for plans that the control
         does not offer."""
-        texts, count = len(self.texts), len(self.plans.sizes)
-        row = np.repeat(self.first[:, None], count, 1)
-        last = np.repeat(self.last[:, None], count, 1)
-        plan = np.broadcast_to(np.arange(count), (texts, count))
-        seconds, unread = np.zeros((texts, count)), np.ones((texts, count), np.int64)
+        every = np.arange(len(self.plans.sizes))
+        return np.where(self.offered, self._repeated(every, every), np.inf)
+
+    def by_copies(self) -> np.ndarray:
+        """Return the seconds of every text under every two lengths of chains, ``[texts, k, k]``: one length for cycles
+        whose first token is not a copy, and one for those whose first token is."""
+        count = len(self.plans.sizes)
+        plan, copied = np.divmod(np.arange(count * count), count)
+        return self._repeated(plan, copied).reshape(len(self.texts), count, count)
+
+    def _repeated(self, plan: np.ndarray, copied: np.ndarray) -> np.ndarray:
+        """Return the seconds ``[texts, n]`` of every text under plans ``[n]`` that all its cycles follow, except that
+        cycles which begin with a copy follow the plans ``copied``."""
+        shape = len(self.texts), len(plan)
+        row, last = (np.repeat(rows[:, None], len(plan), 1) for rows in (self.first, self.last))
+        seconds, unread = np.zeros(shape), np.ones(shape, np.int64)
         while (alive := row < last).any():
-            spent, emitted, unread_after = self._cycles(row, plan, unread, last - row)
+            followed = np.where(self.begins_with_copy[row], copied, plan)
+            spent, emitted, unread_after = self._cycles(row, followed, unread, last - row)
             seconds += alive * spent
             unread = np.where(alive, unread_after, unread)
             row = row + alive * emitted
-        return np.where(self.offered, seconds, np.inf)
+        return seconds
 
     def clairvoyant(self) -> np.ndarray:
         """Return the fewest seconds of every text, ``[texts]``."""

@@ -11,6 +11,7 @@ from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.machine import Machine
 
 PAIR = "pair's static"  # arm of the best static setting of the pair of models, where it is another one
+COPIES = "static by copies"  # arm of the best two chain lengths, where chains may begin with copies
 AGAIN = " again"  # ends the name of the second measurement of an arm
 QUIET = 0.05  # bounds of the A/A interval around 1 within which timings are trusted
 
@@ -45,6 +46,8 @@ class Best:
         pace: over a link, the estimated throughput of the best of these policies.
         pair: the best setting of the pair of models, whatever the environment lets its agent decide; None where it was
             not searched for.
+        copied: where chains may begin with copies, their best two lengths: of cycles whose first token the draft model
+            drafts, and of those whose first token is a copy; None elsewhere, or where they were not searched for.
         fixed_order: where the agent chooses between drafters, the hyper-parameters of the best rule ``fixed-order``.
     """
 
@@ -55,6 +58,7 @@ class Best:
     pace: float | None = None
     fixed_order: dict[str, Any] | None = None
     pair: list[Setting] | None = None
+    copied: list[int] | None = None
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from spec_envs.agents.baselines.copy_k import CopyKAgent
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.controls import Control, Policy
 from spec_envs.controls.base import Setting
@@ -12,6 +15,7 @@ from spec_envs.controls.k import KControl
 from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import in_process
+from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import about
 from spec_envs.experiments.measure import link_references
@@ -36,6 +40,14 @@ def static_policy(control: Control, values: Sequence[Setting]) -> Policy:
 def static_chain(k: int, k_max: int = 16) -> Policy:
     """Return the policy that drafts and verifies ``k`` tokens in every cycle."""
     return static_policy(KControl(k_max), (k,))
+
+
+def policy_by_copies(control: Control, lengths: Sequence[int]) -> Policy:
+    """Return the policy that drafts the first length in cycles whose first token the draft model drafts, and the second
+    one in those whose first token is a copy; ``control`` is of the same chains."""
+    by_token = KControl(control.max_depth + 1, decision="token")
+    k, k_copied = lengths
+    return Policy(by_token, CopyKAgent(by_token, k=k, k_copied=k_copied))
 
 
 def best_static(env: Keywords, control: Control, costs: CostTable | None = None) -> Best:
@@ -67,7 +79,8 @@ def best_static(env: Keywords, control: Control, costs: CostTable | None = None)
 
 def best_recorded(trace: Trace, control: Control, table: CostTable, max_new_tokens: int) -> Best:
     """Return the static setting of a control that is fastest on the training texts of a trace, of all that it offers, and
-    the one of the pair of models, of all depths and budgets of a tree or of all lengths of a chain."""
+    the one of the pair of models, of all depths and budgets of a tree or of all lengths of a chain; where chains may begin
+    with copies, also the best two lengths."""
     texts, pair = trace.of_split("train"), pair_control(control)
     own, whole = (Bounds(trace, each, table, texts, max_new_tokens) for each in (control, pair))
     rates = own.throughput(own.static())
@@ -76,7 +89,22 @@ def best_recorded(trace: Trace, control: Control, table: CostTable, max_new_toke
         setting_name(name, axes): float(rate) for name, rate in zip(own.plans.names, rates, strict=True) if rate > 0
     }
     best = own.plans.names[int(rates.argmax())]
-    return Best(best=list(best), tokens_per_second=tried, pair=list(whole.plans.names[whole.best(whole.static())]))
+    return Best(
+        best=list(best),
+        tokens_per_second=tried,
+        pair=list(whole.plans.names[whole.best(whole.static())]),
+        copied=best_by_copies(own),
+    )
+
+
+def best_by_copies(bounds: Bounds) -> list[int] | None:
+    """Return the two lengths of chains that are fastest over all texts: of cycles whose first token the draft model
+    drafts, and of those whose first token is a copy. None for trees, and where not both happens."""
+    drafter = DrafterName.parse(bounds.trace.manifest.drafter)
+    if not (bounds.plans.chain and drafter.copies and drafter.model):
+        return None
+    seconds = bounds.by_copies().sum(0)
+    return [int(length) for length in np.unravel_index(seconds.argmin(), seconds.shape)]
 
 
 def weighable(control: Control) -> bool:

@@ -93,6 +93,8 @@ def notes(results: Results) -> list[str]:
     if results.static:
         rates = results.static.tokens_per_second
         lines.append(f"Best static setting on training prompts: {max(rates, key=rates.__getitem__)}.")
+        if results.static.copied:
+            lines.append(f"Best two lengths on training prompts: {lengths_in_words(results.static.copied)}.")
         lines += order_notes(results, results.static.fixed_order)
     lines.append(results.aa_check())
     if results.link:
@@ -173,6 +175,11 @@ def setting_name(values: Sequence[Setting], axes: Sequence[str]) -> str:
     return ", ".join(
         value if isinstance(value, str) else f"{axis} {value}" for axis, value in zip(axes, values, strict=True)
     )
+
+
+def lengths_in_words(lengths: Sequence[int]) -> str:
+    """Return in words two lengths of chains: without a copy at the beginning, and with one."""
+    return f"k {lengths[0]}, and k {lengths[1]} where the first token is a copy"
 
 
 def most_used(histogram: Histogram) -> tuple[str, float]:

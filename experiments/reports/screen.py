@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from spec_envs.experiments.measure.results import PAIR, Exit, Interval, Results, Row
-from spec_envs.experiments.reports.report import COLLAPSED, arms_tables, most_used
+from spec_envs.experiments.measure.results import COPIES, PAIR, Exit, Interval, Results, Row
+from spec_envs.experiments.reports.report import COLLAPSED, arms_tables, lengths_in_words, most_used
 
 WIDTH = 100  # characters of a line of words
 SHOWN = 3  # most settings that a sentence names
@@ -16,6 +16,7 @@ ARMS = {
     "plain": "the target alone, one token per forward",
     "plain again, static again": "once more, to show the noise of the timing",
     PAIR: "the best of all depths and budgets, or chain lengths, whatever the environment lets its agent decide",
+    COPIES: "the best two chain lengths, one for cycles whose first token is a copy and one for the others",
     "transformers generate": "another library, same weights",
     "untrained exit": "chains of the exit before learning",
     "trained exit": "chains of the exit after learning",
@@ -32,6 +33,7 @@ def sentences(results: Results) -> list[str]:
         against = {
             "static": "the best static setting",
             PAIR: "the best of the pair",
+            COPIES: "the best two lengths by copies",
             "fixed order": "the best fixed order",
             "random": "random decisions",
         }
@@ -118,6 +120,8 @@ def legend(results: Results) -> list[str]:
         known["static"] = (
             f"{max(rates, key=rates.__getitem__)}, the best of {len(rates)} fixed settings on training prompts"
         )
+        if results.static.copied:
+            known[COPIES] += f" ({lengths_in_words(results.static.copied)})"
     shown = {*results.arms, *(results.priced.arms if results.priced else ())}
     return [f"{names}: {what}" for names, what in known.items() if names.partition(",")[0] in shown]
 

@@ -34,7 +34,17 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def test_registry_lists_every_agent() -> None:
-    controllers = {"adaptive-k", "hf-schedule", "confidence", "svip", "adaedl", "gammatune", "ucb", "specdec++"}
+    controllers = {
+        "adaptive-k",
+        "hf-schedule",
+        "confidence",
+        "svip",
+        "adaedl",
+        "gammatune",
+        "copy-k",
+        "ucb",
+        "specdec++",
+    }
     controllers |= {
         "rl-adapter",
         "reinforce",

@@ -18,10 +18,11 @@ from spec_envs.experiments import train
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.bounds import Bounds
 from spec_envs.experiments.measure.machine import this_machine
-from spec_envs.experiments.measure.results import PAIR
+from spec_envs.experiments.measure.results import COPIES, PAIR, Best
 from spec_envs.experiments.measure.static import best_recorded, weighable
 from spec_envs.sealed import read_sealed, write_sealed
 from tests.support.recordings import COSTS
+from tests.support.runs import SMALL as FEW_LESSONS
 
 SMALL = [
     "record=[4,1,1]", "test_prompts=2", "total_timesteps=256", "hyperparameters.num_envs=4", "hyperparameters.n_steps=16",
@@ -95,3 +96,24 @@ def test_a_trace_of_another_machine_is_priced_anew(
     monkeypatch.setattr(train, "calibrated", calibrated)
     table = train.price_of(trace, tmp_path / "clock.json", env, make_control("SpecDepth-v0", env))
     assert CostTable.load(str(table)).verify[1] == trace.costs().verify[1] * (2 if moved else 1)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_table_has_the_two_lengths_where_chains_may_begin_with_copies(
+    copies: bool, tiny: dict[str, Any], tiny_draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_lengths(*given: Any) -> Best:
+        found = best_recorded(*given)
+        return replace(found, best=[2], copied=found.copied and [1, 4])  # lengths that no other arm has
+
+    monkeypatch.setattr("spec_envs.experiments.traces.record.costs_of", lambda *_: AS_TEXT)
+    monkeypatch.setattr("spec_envs.experiments.evaluate.best_recorded", other_lengths)
+    env = {name: value for name, value in tiny.items() if name != "clock"}
+    env |= {"drafter": f"lookup+{tiny_draft}" if copies else f"{tiny_draft}@9", "max_new_tokens": 16, "k_max": 4}
+    changes = ["record=[4,1,1]", "test_prompts=2", *(f"env.{name}={value}" for name, value in env.items())]
+    changes += [f"hyperparameters.{name}={value}" for name, value in FEW_LESSONS.items()]
+    run = tmp_path / "SpecK-v0" / "hindsight-0"
+    train.run(load_experiment("SpecK-v0", "hindsight", changes), "SpecK-v0", "hindsight", 0, run)
+    arms, notes = json.loads((run / "results.json").read_text())["arms"], (run / "results.md").read_text()
+    assert (COPIES in arms) == copies and ("over_" + COPIES in arms["hindsight"]) == copies
+    assert ("k 1, and k 4 where the first token is a copy" in notes) == copies

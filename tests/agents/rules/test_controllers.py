@@ -175,6 +175,24 @@ def test_adaedl_threshold_follows_acceptance_rate() -> None:
     assert agent.threshold < raised
 
 
+@pytest.mark.parametrize(
+    ("decision", "entries", "drafted"),
+    [("token", {"free": 1.0}, 3), ("token", {}, 2), ("cycle", {"match": 2 / 16}, 3), ("cycle", {"match": 1 / 16}, 2)],
+)
+def test_copy_k_decides_by_the_first_token(decision: str, entries: dict[str, float], drafted: int) -> None:
+    control = KControl(4, decision=decision)
+    agent = AGENTS["copy-k"](control=control, k=2, k_copied=3)
+    if decision == "cycle":
+        assert agent.predict(observation_of(control, **entries))[0] == drafted
+        return
+    chain = [
+        observation_of(control, drafted=n / 4, **(entries if n == 0 else {"free": 1.0 - len(entries)}))
+        for n in range(4)
+    ]
+    assert [agent.predict(seen)[0] for seen in chain] == [1] * drafted + [0] * (4 - drafted)
+    assert AGENTS["copy-k"](control=KControl(4), k_copied=9).predict(observation_of(KControl(4), match=1.0))[0] == 4
+
+
 def test_gammatune_follows_accepted_length() -> None:
     control = KControl(16)
     agent = AGENTS["gammatune"](control=control, k=8, memory=0.5, growth=2.0, slack=1.0)
@@ -312,7 +330,7 @@ def test_controllers_refuse_unsuitable_problems(name: str, own: dict[str, Any], 
         AGENTS[name](control=KControl(**own))
 
 
-@pytest.mark.parametrize("name", [*RULES, "ppo"])
+@pytest.mark.parametrize("name", RULES)
 def test_tuning_writes_valid_hyperparameters(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -321,16 +339,14 @@ def test_tuning_writes_valid_hyperparameters(
     arguments = ["tune", "SpecK-v0", "--agent", name, "--root", str(tmp_path), "--prompts", "3", "--tokens", "48"]
     arguments += ["--set", f"env.trace={NAME}", "total_timesteps=600"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--trials", "2"])
-    if name == "ppo":
-        with pytest.raises(SystemExit, match=r"ppo has nothing to tune here; expected one of the published rules"):
-            tune.main()
-        return
     tune.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "--trials", "4"])
     tune.main()
-    assert "4 trials; first " in capsys.readouterr().out
+    assert "4 trials, each decoded 3 training prompts of at most 48 tokens; first " in capsys.readouterr().out
     folder = tmp_path / "SpecK-v0" / name
-    best = yaml.safe_load((folder / "best.yml").read_text())["hyperparameters"]
+    note = (folder / "best.yml").read_text()
+    assert note.startswith("# Budget: 4 trials, each decoded 3 training prompts of at most 48 tokens\n")
+    best = yaml.safe_load(note)["hyperparameters"]
     overrides = [f"hyperparameters.{key}={json.dumps(value)}" for key, value in best.items()]
     experiment = load_experiment("SpecK-v0", name, overrides)
     AGENTS[name](control=make_control("k", experiment.env), **experiment.hyperparameters)

@@ -3,7 +3,9 @@ faster than the clairvoyant optimum."""
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from spec_envs.agents.baselines.copy_k import CopyKAgent
 from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.controls import make_control
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.measure.bounds import Bounds
+from spec_envs.experiments.measure.static import best_by_copies
 
 TABLE = CostTable("made up", {1: 1.0, 4: 1.1, 40: 1.3}, {1: 0.02, 2: 0.03, 8: 0.06})
 WHOLE: list[tuple[str, str, dict[str, Any], list[int | str]]] = [
@@ -57,14 +61,20 @@ class TextReplay:
     def seconds(self, text: int, sequence: list[int | str], repeat: bool = False) -> tuple[float, bool]:
         """Follow one setting per cycle (``repeat``: the first in every cycle); return the seconds, and True if the
         text has ended."""
+        agents = [FixedAgent(self.control, value=value) for value in sequence]
+        return self.under(itertools.repeat(agents[0]) if repeat else agents, text)
+
+    def under(self, agents: Iterable[Any], text: int) -> tuple[float, bool]:
+        """Follow one agent per cycle; return the seconds, and True if the text has ended."""
         observation, _ = self.env.reset(options={"prompt": self.env.prompts[text]})
-        spent, cycles = 0.0, 0
-        while not self.env.decoder.finished and (repeat or cycles < len(sequence)):
-            agent, emitted = FixedAgent(self.control, value=sequence[0 if repeat else cycles]), 0
+        spent = 0.0
+        for agent in agents:
+            if self.env.decoder.finished:
+                break
+            emitted = 0
             while not emitted:
                 observation, _, _, _, info = self.env.step(agent.predict(observation)[0])
                 spent, emitted = spent + sum(info["seconds"].values()), info["emitted"]
-            cycles += 1
         return spent, self.env.decoder.finished
 
     def least(self, text: int, offered: list[int | str], sequence: list[int | str]) -> float:
@@ -137,3 +147,36 @@ def test_best_setting_overall_and_by_task(traces: dict[str, Trace]) -> None:
     alone = Bounds(trace, control, TABLE, [1], 20)
     np.testing.assert_allclose(alone.static()[0], static[1])
     assert bounds.best_by_task(static)[bounds.tasks[1]] == alone.best(alone.static())
+
+
+@pytest.mark.parametrize(("name", "decision"), [("copies", "token"), ("copies", "cycle"), ("suffix copies", "token")])
+def test_two_lengths_are_exact_and_the_best_of_all(
+    name: str, decision: str, traces: dict[str, Trace], tmp_path: Path
+) -> None:
+    """Brute force: every two lengths are followed in the environment by the agent ``copy-k``."""
+    replay = TextReplay("SpecK-v0", traces[name], tmp_path, 20, {"k_max": 3, "decision": decision})
+    bounds, texts = replay.bounds, range(len(traces[name].texts))
+    assert 0 < bounds.begins_with_copy.mean() < 1
+    found, pairs = bounds.by_copies(), list(itertools.product(range(4), repeat=2))
+    played = {pair: CopyKAgent(replay.control, k=pair[0], k_copied=pair[1]) for pair in pairs}
+    replayed = {pair: [replay.under(itertools.repeat(agent), i)[0] for i in texts] for pair, agent in played.items()}
+    for pair, seconds in replayed.items():
+        np.testing.assert_allclose(found[:, pair[0], pair[1]], seconds, rtol=1e-9)
+    fastest = best_by_copies(bounds)
+    assert fastest and sum(replayed[fastest[0], fastest[1]]) == pytest.approx(min(map(sum, replayed.values())))
+    np.testing.assert_allclose(np.diagonal(found, axis1=1, axis2=2), bounds.static())
+    assert len(np.unique(found.sum(0).round(9))) > 4  # each length of the two matters
+
+
+@pytest.mark.parametrize(
+    ("env_id", "name", "keywords"),
+    [
+        ("SpecK-v0", "chain", {"k_max": 3}),
+        ("SpecK-v0", "lookup", {"k_max": 3}),
+        ("SpecDepth-v0", "copied tree", {"max_depth": 3, "width": 4}),
+    ],
+)
+def test_two_lengths_are_of_chains_that_may_begin_with_copies(
+    env_id: str, name: str, keywords: dict[str, Any], traces: dict[str, Trace]
+) -> None:
+    assert best_by_copies(Bounds(traces[name], make_control(env_id, keywords), TABLE, [0, 1], 20)) is None
