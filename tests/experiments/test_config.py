@@ -151,7 +151,7 @@ def test_invalid_record_setting_is_refused(env_id: str, stanza: str, value: str,
 
 def test_unknown_hyperparameter_of_a_stage_is_refused() -> None:
     stages = "stages=[{id: SpecDepth-v0, hyperparameters: {target_k: 0.02}}]"
-    with pytest.raises(ValueError, match=r"SET: ppo has no hyper-parameter 'target_k' \(did you mean 'target_kl'"):
+    with pytest.raises(ValueError, match=r"SET: unknown hyper-parameter 'target_k' of ppo \(did you mean 'target_kl'"):
         load_experiment("SpecDepth-v0", "ltd-iterative", [stages])
 
 
