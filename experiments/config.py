@@ -30,6 +30,7 @@ class Stage(BaseModel):
     id: str = Field(description="environment that is trained on")
     env: Keywords = Field({}, description="keyword arguments of the environment, in addition to those of the stanza")
     total_timesteps: int | None = Field(None, ge=1, description="environment steps; null takes those of the stanza")
+    hyperparameters: dict[str, Any] = Field({}, description="hyper-parameters in addition to those of the stanza")
     partner: bool = Field(
         True, description="the newest policy of the other problem decides with this one; false keeps its decision fixed"
     )
@@ -159,31 +160,38 @@ def check(experiment: Experiment, env_id: str, place: Callable[[tuple[str, ...]]
             f"{place(('eval_env', key))}: {key} is part of the problem that the agent has learned; set it in env"
         )
     if experiment.record:
-        check_record(experiment.record, env_id, place(("record",)))
+        check_record(experiment, env_id, place(("record",)))
     for stage in experiment.stages:
-        check_stage(stage, experiment.env, place(("stages",)))
+        check_stage(stage, experiment, place(("stages",)))
     for key, value in experiment.hyperparameters.items():
         refuse_unfit_numbers(key, value, place(("hyperparameters", key)))
     check_hyperparameters(experiment.agent, experiment.hyperparameters, place)
 
 
-def check_record(texts: Sequence[int], env_id: str, place: str) -> None:
-    """Refuse to record what has no trace, and anything but three numbers of texts."""
+def check_record(experiment: Experiment, env_id: str, place: str) -> None:
+    """Refuse to record what has no trace, anything but three numbers of texts, and validations without texts."""
+    texts = experiment.record
     if not CONTROLS[env_id].trace_kind:
         raise ValueError(f"{place}: {env_id} has no exact traces; leave record out")
     if len(texts) != 3 or min(texts) < 0 or not texts[0]:
         raise ValueError(
             f"{place}: record is {texts}; expected texts of train, validation and test, such as [60, 12, 30]"
         )
+    if experiment.eval_freq and not texts[1] and not experiment.env.get("trace"):
+        raise ValueError(
+            f"{place}: record is {texts}, without texts to validate on every {experiment.eval_freq} steps; record some, "
+            "or set eval_freq=0"
+        )
 
 
-def check_stage(stage: Stage, env: Keywords, place: str) -> None:
-    """Refuse a stage of an unknown environment, or with keywords that do not fit it; ``env`` is the stanza's."""
+def check_stage(stage: Stage, experiment: Experiment, place: str) -> None:
+    """Refuse a stage of an unknown environment, or with keywords or hyper-parameters that do not fit it."""
     if stage.id not in ENVIRONMENTS:
         raise ValueError(f"{place}: no environment {stage.id!r}{nearest(stage.id, ENVIRONMENTS)}")
     known = keyword_types(CONTROLS[stage.id])
-    shared = {name: value for name, value in env.items() if name in known}
+    shared = {name: value for name, value in experiment.env.items() if name in known}
     check_env(stage.env, stage.id, lambda key: place, shared)
+    check_hyperparameters(experiment.agent, stage.hyperparameters, lambda key: place)
 
 
 def check_env(

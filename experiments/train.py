@@ -10,6 +10,8 @@ import argparse
 import inspect
 import logging
 import shlex
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -52,7 +54,7 @@ from spec_envs.experiments.runs import (
     save_trained,
 )
 from spec_envs.experiments.stanzas import ExperimentFile
-from spec_envs.experiments.traces.of_runs import plan_of, trace_of
+from spec_envs.experiments.traces.of_runs import plan_of, root_of, trace_of
 from spec_envs.experiments.traces.record import is_recorded
 from spec_envs.experiments.validation import VALIDATIONS
 from spec_envs.files import held
@@ -129,7 +131,7 @@ def stages_of(folder: Path, config: RunConfig, with_table: bool) -> list[str]:
     found: list[str] = []
     if not is_trained(folder):
         if config.record:
-            if not (config.env.get("trace") or is_recorded(plan_of(vars(config)), folder.parents[1])):
+            if not (config.env.get("trace") or is_recorded(plan_of(vars(config)), root_of(folder))):
                 found.append(RECORDING)
         elif config.calibrate and is_timed_here(config.env, control) and not (folder / CLOCK).exists():
             found.append(COSTS)
@@ -211,7 +213,7 @@ def train_agent(folder: Path, config: RunConfig, env: gym.Env, agent: Agent, sta
     if agent.learns_from == "rewards" and spec_env.reward_name == "saved":
         settle_pace(folder, config, spec_env, stages)
     make_validation = VALIDATIONS.get(agent.validated_by)
-    validation = make_validation(folder, config) if make_validation else None
+    validation = make_validation(folder, where_validated(config, env)) if make_validation else None
     eval_freq = config.eval_freq if validation else 0
     stages.begin(TRAINING, training_in_words(config, agent, Run(folder).begun))
     several = config.hyperparameters.get("num_envs", 1)  # of a trace, which many environments replay at once
@@ -221,6 +223,13 @@ def train_agent(folder: Path, config: RunConfig, env: gym.Env, agent: Agent, sta
     env.close()
     if validation:
         validation.close()
+
+
+def where_validated(config: RunConfig, env: gym.Env) -> RunConfig:
+    """Return the settings of a run's validations: on the trace and at the prices that it learns from, if it records one,
+    else those of the run itself."""
+    learned = env.spec.kwargs if config.record and env.spec else {}
+    return replace(config, env=config.env | {name: learned[name] for name in ("trace", "clock") if name in learned})
 
 
 def run(experiment: Experiment, env_id: str, stanza: str, seed: int, folder: Path) -> None:
@@ -306,28 +315,42 @@ def spec_env_of(env: gym.Env) -> SpecEnv:
     return inner
 
 
-def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> None:
-    """Train policies in turn: each stage trains the policy of one problem, and its partner is the newest policy of the
-    other problem."""
+def staged(experiment: Experiment, folder: Path) -> Iterator[tuple[Experiment, str, Path]]:
+    """Yield the settings, the environment and the folder of each stage, in order. Its partner is the newest policy of the
+    other problem, and it starts from the weights of the newest one of its own."""
     newest: dict[str, Path] = {}
     for number, stage in enumerate(experiment.stages, 1):
-        kind = CONTROLS[stage.id]
-        own = set(inspect.signature(kind).parameters) | set(Settings.model_fields)
+        own = set(inspect.signature(CONTROLS[stage.id]).parameters) | set(Settings.model_fields)
         partner = next((path for env_id, path in newest.items() if env_id != stage.id), None) if stage.partner else None
         settings = experiment.model_copy(
             update={
                 "env": {k: v for k, v in experiment.env.items() if k in own} | stage.env,
                 "total_timesteps": stage.total_timesteps or experiment.total_timesteps,
+                "hyperparameters": experiment.hyperparameters | stage.hyperparameters,
                 "partner": str(partner) if partner else None,
                 "checkpoint": None,
                 "init": str(newest[stage.id]) if stage.id in newest else experiment.init,
                 "stages": [],
             }
         )
-        LOG.info(f"policy {number} of {len(experiment.stages)}: {stage.id}, with the partner {partner}")
         part = folder / f"{number}-{stage.id}"
-        run(settings, stage.id, stanza, seed, part)
+        yield settings, stage.id, part
         newest[stage.id] = part
+
+
+def train_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> tuple[Experiment, str, Path]:
+    """Train policies in turn, as far as this is not done yet. Return the settings, the environment and the folder of the
+    last one, which decides together with its partner."""
+    for number, (settings, env_id, part) in enumerate(staged(experiment, folder), 1):
+        LOG.info(f"policy {number} of {len(experiment.stages)}: {env_id}, with the partner {settings.partner}")
+        trained(settings, env_id, stanza, seed, part)
+    return settings, env_id, part
+
+
+def run_stages(experiment: Experiment, stanza: str, seed: int, folder: Path) -> None:
+    """Train policies in turn, then evaluate the last one with its partner, and print its table."""
+    settings, env_id, last = train_stages(experiment, stanza, seed, folder)
+    run(settings, env_id, stanza, seed, last)
 
 
 def arguments() -> argparse.Namespace:

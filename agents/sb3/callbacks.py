@@ -79,7 +79,7 @@ class Monitor(BaseCallback):
             self.logger.record(f"spec/{name}", value)
         for task, actions in self.actions.items():
             self.logger.record(f"actions/{task}", torch.tensor(actions, dtype=torch.float32), exclude=TEXT_ONLY)
-        append_line(self.path, {"timesteps": self.num_timesteps, **line})
+        append_line(self.path, {"timesteps": self.num_timesteps, "cycles": self.cycles, **line})
         self._clear()
 
 

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from spec_envs.controls.plans import Plans
+from spec_envs.env import SpecEnv
 from spec_envs.vector.env import ReplayVectorEnv
 
 Actor = Callable[[np.ndarray], np.ndarray]
@@ -39,7 +40,8 @@ def replay_of(env: gym.Env | ReplayVectorEnv, num_envs: int = 64, **changes: obj
     """Return the environments in NumPy of an environment that replays a trace.
 
     Raises:
-        ValueError: the environment decodes live, where only the outcome of the chosen action is known.
+        ValueError: the environment decodes live, where only the outcome of the chosen action is known, or a partner
+            decides in it.
     """
     if isinstance(env, ReplayVectorEnv):
         return env
@@ -48,6 +50,10 @@ def replay_of(env: gym.Env | ReplayVectorEnv, num_envs: int = 64, **changes: obj
         raise ValueError(
             "this agent learns from a trace, which knows what every action would have led to: record one with "
             "`spec-envs trace` and pass trace=FOLDER"
+        )
+    if isinstance(env.unwrapped, SpecEnv) and env.unwrapped.control.partner:
+        raise ValueError(
+            "a partner decides in one environment at a time; leave num_envs out, or take an agent that learns from rewards"
         )
     return ReplayVectorEnv(num_envs=num_envs, **(spec.kwargs | changes))
 

@@ -73,7 +73,8 @@ def measure(name: str, size: Size, root: Path) -> Findings:
     trace, folder = trace_of(env_id, env, size, root), root / "benchmark" / name
     control = make_control(env_id, env)
     decoder = over_models(decoder_for({**env, "trace": None}, control))
-    problem = Problem(env_id, env, str(trace.folder), str(prices_of(decoder, control, env, folder / PRICES)))
+    prices = root / "benchmark" / trace.folder.name / PRICES  # one list for all problems of the same trace
+    problem = Problem(env_id, env, str(trace.folder), str(prices_of(decoder, control, env, prices)))
     checks = checked(problem, trace, decoder, size)
     static, references = bounded(problem, trace, size)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ import numpy as np
 import torch
 
 from spec_envs.agents import AGENTS, load
+from spec_envs.agents.base import Agent
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.experiments.benchmark.problems import LTD
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.hyperparameters import set_by_run
 from spec_envs.experiments.measure.arms import Encoded, Sample, decoded, run_arms
 from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.price_list import file_of
 from spec_envs.experiments.measure.statistics import throughput
+from spec_envs.experiments.train import train_stages
 from spec_envs.files import read_json, write_json
 from spec_envs.settings import Keywords
 from spec_envs.text import Detokenizer
@@ -32,16 +36,6 @@ from spec_envs.vector.env import ReplayVectorEnv
 
 ENVS = 64  # environments that PPO learns from in parallel
 PRICES = "clock.json"  # in the folder of an arm: the cost table that it was trained under
-LTD = {"observation": "ltd", "reward": "ltd", "episode": "cycle"}
-LTD_PPO = {
-    "n_steps": 8,  # in each of 16 environments, 128 in all
-    "batch_size": 64,
-    "n_epochs": 1,
-    "gamma": 0.99,
-    "ent_coef": 0.0,
-    "lr_schedule": "adawm",
-}
-LTD_NETS = {"pi_arch": [512, 256], "vf_arch": [1024, 512]}
 Grid = dict[str, Sequence[float]]
 """Values of hyper-parameters to try, by name."""
 GRIDS: dict[str, dict[str, Grid]] = {  # for each published rule, by environment
@@ -61,11 +55,7 @@ GRIDS: dict[str, dict[str, Grid]] = {  # for each published rule, by environment
         "ucb": {"cost": (0.1, 0.2, 0.4), "exploration": (0.01, 0.05, 0.2), "discount": (0.99, 0.999, 1.0)},
     },
 }
-LTD_PARTS = {"SpecDepth-v0": {}, "SpecBudget-v0": {"depth": 2}}  # problems of its two policies, trained separately
-OWN_ENV: dict[str, Keywords] = {  # keyword arguments of arms with an observation or a decision of their own
-    "ltd": {"observation": "ltd"},
-    "ucb": {"decision": "cycle"},
-}
+OWN_ENV: dict[str, Keywords] = {"ucb": {"decision": "cycle"}}  # keyword arguments of arms with a decision of their own
 
 
 @dataclass(frozen=True)
@@ -86,7 +76,6 @@ class TrainedArm:
 
 
 ARMS = {
-    "ltd": TrainedArm("ppo", ENVS // 4, LTD, LTD_PPO | LTD_NETS | {"learning_rate": 3e-4, "num_envs": ENVS // 4}),
     "hindsight": TrainedArm("hindsight"),
     "exact-pg": TrainedArm("exact-pg"),
 }
@@ -169,40 +158,63 @@ def arm_of(name: str, env_id: str) -> TrainedArm:
 
 
 def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts: int | None = None) -> Training:
-    """Train an arm on the trace, unless it is trained already, and save it in a folder that ``agents.load`` reads.
+    """Train an arm on the trace, unless it is trained already, and save it in a folder that ``trained_policy`` reads.
 
     Args:
-        steps: environment steps of PPO.
+        steps: environment steps of PPO; for Learning to Draft those of each policy, 0 for those of its stanza.
         texts: number of training texts to learn from; by default all.
     """
     place, note = Path(folder), Path(folder) / "training.json"
+    check_prices(place, problem)
     if note.exists():
-        check_prices(place, problem)
         return from_json(Training, read_json(note, f"delete {folder} to train again"))
-    if arm == "ltd" and problem.env_id == "SpecTree-v0":
-        parts = [replace(problem, env_id=env_id, env=problem.env | own) for env_id, own in LTD_PARTS.items()]
-        both = [train(part, arm, seed, steps, str(place / part.env_id)) for part in parts]
-        return Training(sum(made.seconds for made in both), sum(made.forwards for made in both))
     place.mkdir(parents=True, exist_ok=True)
-    trace, chosen = Trace.load(problem.trace), arm_of(arm, problem.env_id)
-    control, kind = problem.control(arm), AGENTS[chosen.agent]
+    write_json(place / PRICES, file_of(problem.table))
     begin, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # sums depend on it
+    if arm == LTD:
+        forwards = train_in_turn(problem, seed, steps, place)
+    else:
+        forwards = train_agent(problem, arm, seed, steps, place, texts)
+    torch.set_num_threads(threads)
+    training = Training(time.perf_counter() - begin, forwards)
+    write_json(note, to_json(training))
+    return training
+
+
+def train_agent(problem: Problem, arm: str, seed: int, steps: int, place: Path, texts: int | None) -> int:
+    """Train an arm of one agent, and return the forwards of the target that this takes live; see ``train``."""
+    trace, chosen = Trace.load(problem.trace), arm_of(arm, problem.env_id)
+    control, kind = problem.control(arm), AGENTS[chosen.agent]
     vector = problem.environments(chosen.envs, **chosen.env)
     if texts is not None:
         vector.texts = vector.texts[:texts]
     hyperparameters = {**chosen.hyperparameters, **set_by_run(chosen.agent, seed, steps)}
     agent = kind(control=control, **hyperparameters).learn(steps, vector)
-    from_trace = kind.learns_from == "trace"
-    forwards = int(sum(trace.texts[i].tokens for i in vector.texts)) if from_trace else vector.forwards
-    torch.set_num_threads(threads)
-    seconds = time.perf_counter() - begin
     agent.save(place)
-    write_json(place / PRICES, file_of(problem.table))
     config = {"id": problem.env_id, "env": problem.env | OWN_ENV.get(arm, {}), "agent": chosen.agent}
     write_json(place / "config.yml", config | {"hyperparameters": hyperparameters})
-    write_json(note, to_json(training := Training(seconds, forwards)))
-    return training
+    from_trace = kind.learns_from == "trace"
+    return int(sum(trace.texts[i].tokens for i in vector.texts)) if from_trace else vector.forwards
+
+
+def train_in_turn(problem: Problem, seed: int, steps: int, place: Path) -> int:
+    """Train the policies of Learning to Draft as published, but for texts and models, which are the problem's, and return
+    the forwards of the target that this takes live; see ``train``."""
+    stanza = load_experiment("SpecDepth-v0", LTD)
+    sizes = {name: value for name, value in problem.env.items() if name in stanza.env}
+    total = steps or stanza.total_timesteps
+    changes = {
+        "env": stanza.env | sizes | {"trace": problem.trace, "clock": problem.prices},
+        "eval_env": {},
+        "record": [],
+        "total_timesteps": total,
+        "eval_freq": max(1, total * stanza.eval_freq // stanza.total_timesteps),
+        "eval_prompts": len(Trace.load(problem.trace).of_split("validation")),
+    }
+    train_stages(stanza.model_copy(update=changes), LTD, seed, place)
+    logs = [log.read_text().splitlines() for log in place.glob("*/log.jsonl")]
+    return sum(json.loads(line)["cycles"] for lines in logs for line in lines)
 
 
 def check_prices(place: Path, problem: Problem) -> None:
@@ -230,16 +242,13 @@ def trained_policy(folder: str, problem: Problem, foreign: CostTable | None = No
         ValueError: it was trained under another cost table than the problem's.
     """
     check_prices(Path(folder), problem)
-    if (Path(folder) / "config.yml").exists():
-        control, agent = load(folder)
-        control.costs = foreign or problem.table
-        agent.decision_seconds = agent.measure()
-        return Policy(control, agent)
-    depth, budget = (load(f"{folder}/{env_id}") for env_id in LTD_PARTS)
-    (control, agent), (partner, sizing) = depth, budget
-    control.compose(partner, sizing)
-    for part in (agent, sizing):
-        part.decision_seconds = part.measure()
+    stages = sorted(Path(folder).glob("*/config.yml"))  # the last of several decides with its partner
+    control, agent = load(stages[-1].parent if stages else folder)
+    control.costs = foreign or problem.table
+    partner = control.partner.agent if control.partner else None
+    for part in (agent, partner):
+        if isinstance(part, Agent):
+            part.decision_seconds = part.measure()
     return Policy(control, agent)
 
 

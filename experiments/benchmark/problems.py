@@ -13,7 +13,8 @@ PROBLEMS: dict[str, Keywords] = {  # keyword arguments; a name after the slash s
     "SpecK-v0": {"decision": "token"},
     "SpecK-v0/qwen2.5-coder-1.5b": {"decision": "token", "target": "qwen2.5-coder-1.5b", "k_max": 10},
 }
-LEARNED = ("hindsight", "exact-pg", "ppo", "ltd")
+LTD = "ltd-iterative-all"  # the stanza of SpecDepth-v0 that trains the policies of Learning to Draft, for trees
+LEARNED = ("hindsight", "exact-pg", "ppo", LTD)
 FOREIGN = ("qwen3-14b-a6000", "smollm2-135m-int8-xeon-amx-2")  # cost tables that no training has seen
 
 
@@ -24,8 +25,9 @@ class Size:
     texts: tuple[int, int, int]  # recorded for training, validation and test
     tokens: int  # most new tokens of a text
     seeds: int
+    ltd_seeds: int  # most seeds of Learning to Draft, which trains for much longer than the others
     steps: int  # environment steps of PPO on the trace; 0: those of its stanza
-    ltd_steps: int
+    ltd_steps: int  # the same for each of the policies of Learning to Draft
     tuning: int  # training texts that rules are tuned on
     folds: int  # of the test texts, for the informed optimum
     prompts: int  # decoded live
@@ -33,7 +35,7 @@ class Size:
     sampled: int  # prompts decoded live at temperature 1
 
 
-FULL = Size((60, 12, 30), 96, 10, 0, 50_000, 20, 3, 40, 300, 10)
-FAST = Size((4, 1, 3), 32, 2, 32_768, 2048, 3, 2, 3, 40, 2)
+FULL = Size((60, 12, 30), 96, 10, 3, 0, 0, 20, 3, 40, 300, 10)
+FAST = Size((4, 1, 3), 32, 2, 1, 32_768, 512, 3, 2, 3, 40, 2)
 LARGER = replace(FULL, tokens=64, prompts=30, cycles=120, sampled=5)  # for larger models, which take longer
 FEW = (1, 3, 10, 30)  # numbers of training texts that hindsight is tried with

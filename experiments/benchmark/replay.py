@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spec_envs.controls import Policy
+from spec_envs.controls import CONTROLS, Policy
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
 from spec_envs.experiments.benchmark.findings import FewTexts, Learned, OtherCosts, References, Tuned
-from spec_envs.experiments.benchmark.problems import FEW, FOREIGN, LEARNED, Size
+from spec_envs.experiments.benchmark.problems import FEW, FOREIGN, LEARNED, LTD, Size
 from spec_envs.experiments.benchmark.scale_out import mapped
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import Sample
@@ -93,14 +93,14 @@ class Arm(NamedTuple):
 
 def trained(problem: Problem, name: str, size: Size, folder: Path) -> dict[str, Arm]:
     """Train the arms that learn, and return them with the policy of the seed that is fastest on validation texts."""
-    steps = {"ppo": load_experiment(problem.env_id, "ppo").total_timesteps, "ltd": size.ltd_steps}
-    if size.steps:
-        steps["ppo"] = size.steps
-    arms = [arm for arm in LEARNED if arm != "ltd" or problem.env_id != "SpecK-v0"]
+    steps = {"ppo": size.steps or load_experiment(problem.env_id, "ppo").total_timesteps, LTD: size.ltd_steps}
+    arms = [arm for arm in LEARNED if arm != LTD or CONTROLS[problem.env_id].trace_kind == "tree"]
+    seeds = {LTD: min(size.ltd_seeds, size.seeds)}
+    places = {LTD: Path(problem.prices).parent}  # its policies decide all of a tree, whatever else the problem is
     jobs = [
-        (problem, arm, seed, steps.get(arm, 0), str(folder / f"{arm}-{seed}"))
+        (problem, arm, seed, steps.get(arm, 0), str(places.get(arm, folder) / f"{arm}-{seed}"))
         for arm in arms
-        for seed in range(size.seeds)
+        for seed in range(seeds.get(arm, size.seeds))
     ]
     made = mapped(train, jobs, f"training on {name}")
     found = {}

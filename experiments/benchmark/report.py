@@ -35,9 +35,10 @@ def headroom(results: dict[str, Findings]) -> list[str]:
         "Throughput on held-out texts, replayed under this machine's costs. S* is the best static setting, chosen on "
         "training texts, of all that the environment lets be decided; the pair's S* is that of all depths and budgets, or "
         "chain lengths; S* by copies are the two best chain lengths, of cycles whose first token the draft model drafts and "
-        "of those whose first token is a copy. I* is the informed optimum as far as it could be found: the best of cross-fitted learners and "
-        "tuned rules. C* is the clairvoyant optimum, which no policy can reach. Each environment is priced by what "
-        "forwards cost while it was measured. *Per task* is the best static setting of each task. The last column is "
+        "of those whose first token is a copy. I* is the informed optimum as far as it could be found: the best of "
+        "cross-fitted learners and tuned rules. C* is the clairvoyant optimum, which no policy can reach. Environments that "
+        "replay the same trace have one price list: what forwards cost on this machine. *Per task* is the best static "
+        "setting of each task. The last column is "
         "below 0 if `hindsight` is slower than S*.",
         "",
     ]
@@ -110,8 +111,8 @@ def of_environment(found: Findings) -> list[str]:
     equal, speeds, recording = found.checks.replay_equals_live, found.checks.speeds, found.checks.recording
     seeds, texts = found.settings.seeds, found.settings.texts
     lines = [
-        f"Replayed on {texts[2]} held-out texts, over S*: the interquartile mean over {seeds} seeds with its 95 % "
-        "interval, the seconds of training, and the forwards of the target that the same training takes live (for "
+        f"Replayed on {texts[2]} held-out texts, over S*: the interquartile mean over {seeds} seeds{fewer(found)} with its "
+        "95 % interval, the seconds of training, and the forwards of the target that the same training takes live (for "
         f"`hindsight` and `exact-pg`: that recording {texts[0]} training texts took). The tasks take turns; *task by "
         "task* means all texts of a task one after another, which matters for arms that learn while they serve.",
         "",
@@ -158,6 +159,12 @@ def of_environment(found: Findings) -> list[str]:
         + ". Arms were trained and tuned at temperature 0.",
     ]
     return lines
+
+
+def fewer(found: Findings) -> str:
+    """Return in words which arms were trained with fewer seeds."""
+    counts = {name: len(row.seeds) for name, row in found.learned.items() if len(row.seeds) < found.settings.seeds}
+    return f" ({', '.join(f'`{name}`: {count}' for name, count in counts.items())})" if counts else ""
 
 
 def cells(row: Learned | Tuned) -> list[str]:

@@ -38,8 +38,10 @@ ARMS = {  # what an arm is, for the pages
     "llama.cpp drafting": "llama.cpp's server with its own speculative decoding: with the same draft model, or with "
     "prompt lookup.",
     "best fixed": "the fixed draft length that is fastest on training prompts.",
-    "ltd": "PPO with the observation, the reward and the settings of "
-    "[Learning to Draft](../coming-from/learning-to-draft.md).",
+    "ltd-iterative-all": "[Learning to Draft](../coming-from/learning-to-draft.md): two policies that decide depth and "
+    "budget, trained in turn as published, on the texts of all arms.",
+    "ltd": "PPO with the observation and the reward of [Learning to Draft](../coming-from/learning-to-draft.md), but half "
+    "its steps, smaller budgets, no iteration and no choice of the best checkpoint.",
 }
 FAMILIES = {  # by the folder of an agent: what it is, and the page that describes it
     "baselines": ("a baseline", "../agents/index.md"),

@@ -36,12 +36,14 @@ def test_ltd_stanzas_have_published_settings() -> None:
     paper = load_experiment("SpecBudget-v0", "ltd-paper")
     expected = {"learning_rate": 1e-3, "n_steps": 2048, "batch_size": 256, "n_epochs": 20, "ent_coef": 0.01}
     assert expected.items() <= paper.hyperparameters.items() and paper.hyperparameters["gamma"] == 0.9
-    stages = load_experiment("SpecDepth-v0", "ltd-iterative").stages
-    assert [s.id[4] for s in stages] == ["B", "D", "B", "D", "B"] and [s.partner for s in stages][:3] == [
-        False,
-        False,
-        True,
-    ]
+    iterative, on_all = (load_experiment("SpecDepth-v0", name) for name in ("ltd-iterative", "ltd-iterative-all"))
+    for experiment, prompts in ((iterative, "humaneval"), (on_all, "all")):
+        assert experiment.env == ltd.env | {"prompts": prompts} and experiment.record
+        assert experiment.hyperparameters == ltd.hyperparameters and experiment.total_timesteps == 100_000
+        assert experiment.eval_freq and experiment.stages == iterative.stages
+    assert [s.id[4] for s in iterative.stages] == ["B", "D", "B", "D", "B"]
+    assert [s.partner for s in iterative.stages] == [False, False, True, True, True]
+    assert all(s.env["budgets"] == "ltd" for s in iterative.stages if s.id == "SpecBudget-v0")
 
 
 def test_overrides_change_settings() -> None:
@@ -139,11 +141,18 @@ def test_unknown_names_are_refused() -> None:
         ("SpecDepth-v0", "hindsight", "[60,12]", "expected texts of train, validation and test"),
         ("SpecDepth-v0", "hindsight", "[0,1,1]", "expected texts of train, validation and test"),
         ("SpecDVI-v0", "random", "[4,1,1]", "has no exact traces"),
+        ("SpecDepth-v0", "ltd-iterative", "[40,0,8]", "without texts to validate on every 10000 steps"),
     ],
 )
 def test_invalid_record_setting_is_refused(env_id: str, stanza: str, value: str, match: str) -> None:
     with pytest.raises(ValueError, match=f"SET: .*{match}"):
         load_experiment(env_id, stanza, [f"record={value}"])
+
+
+def test_unknown_hyperparameter_of_a_stage_is_refused() -> None:
+    stages = "stages=[{id: SpecDepth-v0, hyperparameters: {target_k: 0.02}}]"
+    with pytest.raises(ValueError, match=r"SET: unknown hyper-parameter 'target_k' of ppo \(did you mean 'target_kl'"):
+        load_experiment("SpecDepth-v0", "ltd-iterative", [stages])
 
 
 def test_agents_trained_on_traces_are_evaluated_live() -> None:

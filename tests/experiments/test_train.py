@@ -170,22 +170,6 @@ def test_mixes_of_learned_and_fixed_policies(
         run_command(monkeypatch, evaluate, "--depth", "20", "--budget", runs[1])
 
 
-def test_stages_train_policies_in_turn(tiny: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = command("SpecDepth-v0", "ltd-iterative", tmp_path, tiny, "total_timesteps=32", "eval_freq=32")
-    arguments += ["env.prompts=all", "hyperparameters.pi_arch=[8]", "hyperparameters.vf_arch=[8]"]
-    run_train(monkeypatch, arguments)
-    stages = sorted((tmp_path / "SpecDepth-v0" / "ltd-iterative-0").iterdir())
-    assert [s.name for s in stages] == [
-        "1-SpecBudget-v0",
-        "2-SpecDepth-v0",
-        "3-SpecBudget-v0",
-        "4-SpecDepth-v0",
-        "5-SpecBudget-v0",
-    ]
-    partners = [yaml.safe_load((s / "config.yml").read_text())["partner"] for s in stages]
-    assert [p and Path(p).name for p in partners] == [None, None, "2-SpecDepth-v0", "3-SpecBudget-v0", "4-SpecDepth-v0"]
-
-
 def test_unknown_environment_and_run_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: no environment 'SpecDept-v0'"):
         run_train(monkeypatch, ["SpecDept-v0"])

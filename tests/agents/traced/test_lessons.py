@@ -26,6 +26,8 @@ from spec_envs.vector.env import ReplayVectorEnv
 from tests.support.lessons import random_lessons
 from tests.support.traced import CASES, TABLE, control_of, costs_in
 
+TREE = {"max_depth": 4, "width": 4, "max_new_tokens": 20}
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_following_a_plan_gives_its_cycle(
@@ -70,6 +72,15 @@ def test_controls_without_plans_are_refused() -> None:
         for name in ("hindsight", "exact-pg"):
             with pytest.raises(ValueError, match=match):
                 AGENTS[name](control=control)
+
+
+def test_environments_in_numpy_refuse_a_partner(traces: dict[str, Trace]) -> None:
+    """They would decide for it with its fixed value, and nobody would notice."""
+    env, depth = gym.make("SpecBudget-v0", trace=str(traces["tree"].folder), **TREE), DepthControl(4, 4)
+    assert replay_of(env, 2).num_envs == 2
+    env.unwrapped.control.compose(depth, AGENTS["fixed"](control=depth, value=2))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="a partner decides in one environment at a time"):
+        replay_of(env, 2)
 
 
 @pytest.mark.parametrize("case", CASES)
