@@ -159,6 +159,7 @@ class KControl(Control):
             raise ValueError("alternatives are for chains that are decided one by one; leave out adjustment_interval")
         check_number("alternative_chance", alternative_chance, lambda chance: 0 < chance < 1, "a number in (0, 1)")
         self.alternatives, self.alternative_chance = alternatives, alternative_chance
+        self.beside = (alternatives, alternative_chance) if alternatives else ()  # of which servers have none
         check_server_args(server_args or ())
         self.server_args = server_args or ()
         self.k_max, self.max_depth, self.decision, self.engine = k_max, k_max - 1, decision, engine
@@ -178,19 +179,13 @@ class KControl(Control):
 
     def open_models(self, models: Models, clock: WallClock | None) -> Engine:
         if self.engine == "torch":
-            return self._with_alternatives(super().open_models(models, clock))
+            return super().open_models(models, clock)
         return open_server(models, self.k_max, self.adjustment_interval, clock, self.server_args)
 
     def open_recording(self, trace: str, clock: WallClock) -> Engine:
         if self.engine != "torch":
             raise ValueError(f"trace is {trace!r}, which takes the place of {self.engine}; give one of the two")
-        return self._with_alternatives(super().open_recording(trace, clock))
-
-    def _with_alternatives(self, engine: Engine) -> Engine:
-        """Return an engine of this process that verifies alternatives as this control has it."""
-        if isinstance(engine, Decoder):
-            engine.verify_alternatives(self.alternatives, self.alternative_chance)
-        return engine
+        return super().open_recording(trace, clock)
 
     def _entries(self) -> list[Entry]:
         counters = [
@@ -296,9 +291,9 @@ class KControl(Control):
                 if before < decoder.tree.size < self.k_max:  # it does not grow if the drafter has nothing more
                     return None
             self.last_k = decoder.tree.size
-            self.decided.append(decoder.verify())
+            self.decided.append(decoder.verify(None, *self.beside))
             return self.decided[-1]
-        cycles = [decoder.cycle(action)]
+        cycles = [decoder.cycle(action, *self.beside)]
         while not decoder.finished and sum(cycle.emitted for cycle in cycles) < self.adjustment_interval:
             cycles.append(decoder.cycle(action))
         self.decided.append(merged(cycles))

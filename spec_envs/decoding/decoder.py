@@ -12,7 +12,7 @@ import torch
 
 from spec_envs.decoding.clock import WallClock
 from spec_envs.decoding.cycle import NO_NODES, Cycle, Drafted
-from spec_envs.decoding.drafters.base import ChainDrafter, Drafter
+from spec_envs.decoding.drafters.base import Drafter
 from spec_envs.decoding.drafters.copying import remembers
 from spec_envs.decoding.engine import Engine, TextEngine, check_room
 from spec_envs.decoding.model.transformer import Transformer
@@ -80,7 +80,7 @@ class Decoder(TextEngine):
         self._begin(prompt, max_new_tokens)
         self.tree.clear()
         with self.clock.time("prefill", len(prompt)):
-            first = self.verifier.start(prompt, positions + self.tree.capacity * (1 + self.alternatives), rng)
+            first = self.verifier.start(prompt, positions + self.tree.most_rows, rng)
             if self.drafter:
                 self.drafter.start([*prompt, first], positions, self.verifier.features, rng)
         self.clock.travel(self.verifier.traffic.seconds, "prefill", self.verifier.traffic.simulated)
@@ -88,23 +88,6 @@ class Decoder(TextEngine):
         self.finished = first in self.eos or max_new_tokens == 1
         self.drafting = False
         self._mark()
-
-    @property
-    def alternatives(self) -> int:
-        """Most alternatives that are verified beside each token of a chain."""
-        return self.drafter.alternatives if isinstance(self.drafter, ChainDrafter) else 0
-
-    def verify_alternatives(self, count: int, chance: float) -> None:
-        """Verify alternatives beside the tokens of a chain from the next text on, where the drafter has a distribution to
-        take them from.
-
-        Args:
-            count: most for each token, up to ``ALTERNATIVES``.
-            chance: least probability that the drafter gives an alternative together with the tokens before it.
-        """
-        if isinstance(self.drafter, ChainDrafter):
-            self.drafter.alternatives = count
-            self.tree = Tree(1, self.max_depth, np.log(chance))
 
     @property
     def local(self) -> LocalVerifier:
@@ -168,11 +151,17 @@ class Decoder(TextEngine):
             forward.rows, forward.drafter = drafter.expand(self.tree), drafter.drafting
         return self.tree.size > before
 
-    def verify(self, budget: int | None = None) -> Cycle:
-        """Verify the ``budget`` best candidates (all by default) in one forward of the target, a chain's with their
-        alternatives; at least one token is emitted.
+    def verify(self, budget: int | None = None, alternatives: int = 0, chance: float = 0.0) -> Cycle:
+        """Verify the ``budget`` best candidates (all by default) in one forward of the target; at least one token is
+        emitted.
 
         Without a first level, or with budget 0, this is one step of plain decoding.
+
+        Args:
+            budget: most candidates; of a chain its first ones.
+            alternatives: of a draft model's chain, most tokens that are verified beside each of it, up to
+                ``ALTERNATIVES``. Where the target rejects a token for one of them, that is accepted.
+            chance: least probability of such a token and those before it, in the drafter's own estimate.
 
         Raises:
             ValueError: a budget below 0, or one that would cut a chain that was drawn: the rest of such a chain is not
@@ -187,9 +176,9 @@ class Decoder(TextEngine):
             raise ValueError(f"budget is {budget}, but {drafted} tokens were drawn; a drawn chain is verified whole")
         with self.clock.time("verify", selected + 1) as forward:
             tokens, parents, levels = self.tree.subtree(self.tree.select(selected))
-            if self.tree.alternatives:
-                nodes_beside = self.tree.beside(selected)
-                tokens, parents, levels = map(np.concatenate, zip((tokens, parents, levels), nodes_beside, strict=True))
+            if alternatives and selected and self.tree.width == 1:
+                *further, _ = self.tree.beside(selected, alternatives, chance)
+                tokens, parents, levels = map(np.concatenate, zip((tokens, parents, levels), further, strict=True))
                 forward.rows = len(tokens) + 1
             verdict = self.verifier.verify(tokens, parents, levels, self.tree.proposals)
         emitted = self._cut([*(int(tokens[node]) for node in verdict.path), verdict.token])
@@ -199,15 +188,15 @@ class Decoder(TextEngine):
         counts["beside"] = sum(node >= selected for node in verdict.path[:accepted])
         return self._emit(emitted, self.verifier.traffic, nodes, **counts)
 
-    def cycle(self, k: int) -> Cycle:
+    def cycle(self, k: int, alternatives: int = 0, chance: float = 0.0) -> Cycle:
         """Draft ``k`` levels (tokens of a chain; at most ``max_depth`` + 1) and verify all of them; 0 decodes plainly.
         A drafter that has nothing more to propose drafts fewer. Of a chain of copies in front of a head, which is
-        drafted whole, ``k`` tokens are verified."""
+        drafted whole, ``k`` tokens are verified. ``alternatives`` and ``chance`` are those of ``verify``."""
         if k > 0:
             self.begin()
             for _ in range(k - 1):
                 self.expand()
-        return self.verify(k if self.tree.width == 1 else None)
+        return self.verify(k if self.tree.width == 1 else None, alternatives, chance)
 
     def _emit(self, emitted: list[int], traffic: Traffic, nodes: Drafted = NO_NODES, **counts: int) -> Cycle:
         """End a cycle and return it: append its tokens to the text, charge its cost, and drop the tree.

@@ -91,9 +91,10 @@ class Proposal:
 
     def best(self, count: int, but: int) -> np.ndarray:
         """Return the most probable tokens other than ``but``, up to ``count`` of them; none of probability 0."""
-        order = np.argsort(-self.weights, kind="stable")[: count + 1]
-        tokens = self.ids[order[self.weights[order] > 0]]
-        found: np.ndarray = tokens[tokens != but][:count]
+        weights = np.where(self.ids == but, 0, self.weights)
+        largest = np.argpartition(-weights, min(count, len(weights) - 1))[:count]
+        ordered = largest[np.argsort(-weights[largest], kind="stable")]
+        found: np.ndarray = self.ids[ordered[weights[ordered] > 0]]
         return found
 
     def truncated(self, k: int) -> Proposal:

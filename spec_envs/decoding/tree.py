@@ -14,7 +14,18 @@ from spec_envs.decoding.sampling import Proposal
 
 ROOT, NEVER = -1, -np.inf
 EMPTY = np.zeros(0, np.int64)
-ALTERNATIVES = 3  # most that are kept beside each token of a chain; a fourth was worth nothing
+ALTERNATIVES = 3  # proposed beside each token of a chain; a fourth was worth nothing
+
+
+class Beside(NamedTuple):
+    """The alternatives of the one child of each of n nodes: the tokens that are most probable after it.
+
+    Attributes:
+        tokens, log_probs: ``[n, ALTERNATIVES]`` or fewer columns, best first; −inf where there are fewer.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
 
 
 class Children(NamedTuple):
@@ -22,43 +33,32 @@ class Children(NamedTuple):
 
     Attributes:
         tokens, log_probs: the children and their log-probabilities, ``[n, width]``, best first; −inf where a node has
-            fewer children. Further columns of a chain are the alternatives of its one child.
+            fewer children.
         entropies: of the drafter's distribution after each node, in nats, ``[n]``.
         proposal: the distribution from which the one child of a sampled chain was drawn, or None.
+        beside: of the most probable child of each node the alternatives, or None.
     """
 
     tokens: np.ndarray
     log_probs: np.ndarray
     entropies: np.ndarray
     proposal: Proposal | None = None
-
-
-class Alternatives(NamedTuple):
-    """The tokens that are verified beside one token of a chain.
-
-    Attributes:
-        tokens: ``[n]``.
-        scores: log-probability of the path from the root to each, ``[n]``, float32.
-    """
-
-    tokens: np.ndarray
-    scores: np.ndarray
+    beside: Beside | None = None
 
 
 class Tree:
     """The candidates of a cycle: up to ``width`` children per node, up to ``width`` nodes expanded per level (EAGLE-2,
     arXiv 2406.16858).
 
-    A chain, whose width is 1, may have alternatives beside its tokens: leaves, after which nothing is drafted.
+    A chain, whose width is 1, has alternatives beside its tokens, which may be verified with it: leaves, after which
+    nothing is drafted.
 
     Args:
         width: most children per node, and most nodes expanded per level.
         max_depth: most expansions after the first level.
-        least: lowest log-probability of the path to an alternative that is kept.
 
     Attributes:
         max_depth: most expansions after the first level.
-        alternatives: of the tokens of a chain, up to the last one that has any.
         size: number of nodes, n.
         tokens: of the nodes, ``[n]``.
         parents: their parents' ids, ``[n]``; ``ROOT`` on level 0.
@@ -69,14 +69,16 @@ class Tree:
         proposals: for each node of a sampled chain the distribution from which it was drawn; empty otherwise.
     """
 
-    def __init__(self, width: int, max_depth: int, least: float = -np.inf):
+    def __init__(self, width: int, max_depth: int):
         self.capacity = capacity = width + width * width * max_depth
-        self.width, self.max_depth, self.least = width, max_depth, np.float32(least)
+        self.width, self.max_depth = width, max_depth
         self._tokens = np.zeros(capacity, dtype=np.int64)
         self._parents = np.full(capacity, ROOT, dtype=np.int64)
         self._scores = np.zeros(capacity, dtype=np.float32)
         self._ids = np.arange(capacity)
         self._levels = np.zeros(capacity, dtype=np.int64)
+        self._beside = np.zeros((capacity, ALTERNATIVES), dtype=np.int64)  # alternatives, and the scores of their paths
+        self._beside_scores = np.full((capacity, ALTERNATIVES), NEVER, dtype=np.float32)
         # of nodes in a selection; the last one stays, for parents on level 0
         self._places = np.full(capacity + 1, ROOT)
         self.clear()
@@ -88,7 +90,6 @@ class Tree:
         self.frontier = self._ids[:0]
         self.entropies: list[np.ndarray] = []
         self.proposals: list[Proposal] = []
-        self.alternatives: list[Alternatives] = []
 
     @property
     def tokens(self) -> np.ndarray:
@@ -105,6 +106,11 @@ class Tree:
     @property
     def scores(self) -> np.ndarray:
         return self._scores[: self.size]
+
+    @property
+    def most_rows(self) -> int:
+        """Most nodes that are verified at once, a chain's alternatives included."""
+        return self.capacity * (1 + ALTERNATIVES) if self.width == 1 else self.capacity
 
     @property
     def expansions(self) -> int:
@@ -124,13 +130,13 @@ class Tree:
     def start(self, children: Children) -> None:
         """Clear the tree and add level 0, the children of the root."""
         self.clear()
-        there = children.log_probs[0, : self.width] > NEVER
-        new = self._add(children, children.tokens[0, : self.width][there])
+        there = children.log_probs[0] > NEVER
+        new = self._add(children, children.tokens[0, there])
         self._parents[new] = ROOT  # a chain before had parents there
-        self._scores[new] = children.log_probs[0, : self.width][there]
+        self._scores[new] = children.log_probs[0, there]
         self.frontier = self._ids[new]
-        if children.tokens.shape[1] > self.width:
-            self._add_alternatives(children, np.float32(0.0))
+        if self.width == 1:
+            self._add_alternatives(children.beside, np.float32(0.0))
 
     def grow(self, children: Children) -> np.ndarray:
         """Add a level, the children of every frontier node.
@@ -142,15 +148,15 @@ class Tree:
             ValueError: the tree is full.
         """
         fed = self.frontier
-        rows, places = (children.log_probs[:, : self.width] > NEVER).nonzero()
+        rows, places = (children.log_probs > NEVER).nonzero()
         new = self._add(children, children.tokens[rows, places])
         self._parents[new] = fed[rows]
         scores = self._scores[new]
         np.add(self._scores[fed][rows], children.log_probs[rows, places], out=scores, casting="same_kind")
         best = (-scores).argsort(kind="stable")[: self.width]
         self.frontier = best + new.start
-        if children.tokens.shape[1] > self.width:
-            self._add_alternatives(children, self._scores[fed[0]])
+        if self.width == 1:
+            self._add_alternatives(children.beside, self._scores[fed[0]])
         parents: np.ndarray = rows[best]
         return parents
 
@@ -174,23 +180,40 @@ class Tree:
         places[ids] = self._ids[: len(ids)]
         return self._tokens[ids], places[self._parents[ids]], self._levels[ids]
 
-    def beside(self, chain: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return tokens, parents and levels of the alternatives beside the first ``chain`` tokens of a chain; parents are
-        indices into these tokens, or ``ROOT``."""
-        kept = self.alternatives[:chain]
-        if not any(len(one.tokens) for one in kept):
-            return EMPTY, EMPTY, EMPTY
-        levels = np.repeat(self._ids[: len(kept)], [len(one.tokens) for one in kept])
-        return np.concatenate([one.tokens for one in kept]), levels - 1, levels
+    def beside(self, chain: int, count: int, chance: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens, parents, levels and scores of the alternatives beside the first tokens of a chain, ``[n]``; parents
+        are indices into the chain, or ``ROOT``.
 
-    def _add_alternatives(self, children: Children, above: np.float32) -> None:
-        """Keep the probable alternatives of the token of a chain that was just added; ``above`` is the score before
-        it."""
-        while len(self.alternatives) < len(self.level_starts) - 1:  # tokens before it that have none
-            self.alternatives.append(Alternatives(EMPTY, EMPTY.astype(np.float32)))
-        scores = children.log_probs[0, self.width :].astype(np.float32) + above
-        kept = (scores >= self.least) & (scores > NEVER)
-        self.alternatives.append(Alternatives(children.tokens[0, self.width :][kept], scores[kept]))
+        Args:
+            chain: how many of its tokens.
+            count: most alternatives of each.
+            chance: least probability of the path to an alternative, in the drafter's own estimate.
+        """
+        for level, proposal in enumerate(self.proposals[:chain]):
+            self._propose_alternatives(level, proposal)
+        scores = self._beside_scores[:chain, :count]
+        kept = scores > NEVER
+        if chance:
+            kept &= scores >= np.float32(np.log(chance))
+        levels, _ = kept.nonzero()
+        return self._beside[:chain, :count][kept], levels - 1, levels, scores[kept]
+
+    def _add_alternatives(self, beside: Beside | None, above: np.float32) -> None:
+        """Keep the alternatives of the token of a chain that was just added; ``above`` is the score before it."""
+        self._beside_scores[self.size - 1] = NEVER
+        if beside is not None:
+            own = (self.size - 1, slice(beside.tokens.shape[1]))
+            self._beside[own] = beside.tokens[0]
+            np.add(beside.log_probs[0], above, out=self._beside_scores[own], casting="same_kind")
+
+    def _propose_alternatives(self, level: int, proposal: Proposal) -> None:
+        """Take the alternatives of a token that was drawn from the rest of its distribution, which needs a search of that;
+        so they are taken only where they are verified."""
+        tokens = proposal.best(ALTERNATIVES, int(self._tokens[level]))
+        above = self._scores[level - 1] if level else np.float32(0.0)
+        chances = np.array([proposal.probability(token) for token in tokens.tolist()])
+        self._beside[level, : len(tokens)] = tokens
+        self._beside_scores[level, : len(tokens)] = above + np.log(chances)
 
     def _add(self, children: Children, tokens: np.ndarray) -> slice:
         """Add a level of nodes with these tokens, except for their parents and scores; return the new ids."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from spec_envs.decoding.cycle import Cycle
 from spec_envs.decoding.engine import Engine
-from spec_envs.decoding.tree import ROOT, Tree
+from spec_envs.decoding.tree import ALTERNATIVES, ROOT, Tree
 from spec_envs.text import after, printable
 
 
@@ -34,15 +34,14 @@ class Candidates(NamedTuple):
 
     @classmethod
     def of(cls, tree: Tree) -> Candidates:
-        """Return the nodes of a tree, and after those of a chain its alternatives."""
-        tokens, parents, levels = tree.beside(tree.size)
-        scores = [one.scores for one in tree.alternatives]
-        return cls(
-            np.concatenate([tree.tokens, tokens]),
-            np.concatenate([tree.parents, parents]),
-            np.concatenate([tree.levels, levels]),
-            np.concatenate([tree.scores, *scores]),
-        )
+        return cls(tree.tokens.copy(), tree.parents.copy(), tree.levels.copy(), tree.scores.copy())
+
+    def with_alternatives(self, tree: Tree, cycle: Cycle) -> Candidates:
+        """Return the tokens of a chain, and after them the alternatives that a cycle verified beside them."""
+        further = tree.beside(len(self.tokens), ALTERNATIVES, 0.0)
+        nodes = set(zip(cycle.nodes.tokens.tolist(), cycle.nodes.levels.tolist(), strict=True))
+        kept = [edge in nodes for edge in zip(further[0].tolist(), further[2].tolist(), strict=True)]
+        return Candidates(*(np.concatenate([own, more[kept]]) for own, more in zip(self, further, strict=True)))
 
 
 class KeptTree(Tree):
@@ -53,9 +52,9 @@ class KeptTree(Tree):
         last: the nodes of the last tree that had any.
     """
 
-    def __init__(self, width: int, max_depth: int, least: float):
+    def __init__(self, width: int, max_depth: int):
         self.size = 0
-        super().__init__(width, max_depth, least)
+        super().__init__(width, max_depth)
         self.last = Candidates.of(self)
 
     def clear(self) -> None:
@@ -66,7 +65,7 @@ class KeptTree(Tree):
 
 def keep_trees(engine: Engine) -> None:
     """Have an engine keep what a picture shows of its last cycle."""
-    engine.tree = KeptTree(engine.tree.width, engine.max_depth, float(engine.tree.least))
+    engine.tree = KeptTree(engine.tree.width, engine.max_depth)
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,10 @@ def ended(engine: Engine, cycle: Cycle) -> View:
     """Return the candidates of the engine's last cycle; none if it drafted none or does not report them."""
     own = cycle.tokens[-1] if cycle.emitted > cycle.accepted and not cycle.unverified else None
     nodes = engine.tree.last if isinstance(engine.tree, KeptTree) else Candidates.of(engine.tree)
-    drafted = len(np.unique(nodes.levels)) if engine.tree.width == 1 else len(nodes.tokens)  # without alternatives
-    if drafted != cycle.drafted:
+    if len(nodes.tokens) != cycle.drafted:
         return View(*(np.zeros(0, np.int64),) * 3, np.zeros(0), [], [], own)
+    if cycle.verified > cycle.drafted:
+        nodes = nodes.with_alternatives(engine.tree, cycle)
     ids = verified_ids(nodes, cycle)
     states = [State.DRAFTED if cycle.unverified else State.LEFT_OUT] * len(nodes.tokens)
     for node in ids:

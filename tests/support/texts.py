@@ -54,8 +54,6 @@ def deviation(
     """
     decoder = chain_decoder(tiny, draft, temperature=temperature, top_p=top_p, **settings)
     decoder.eos = frozenset()
-    if alternatives:
-        decoder.verify_alternatives(alternatives, 0.02)
     drafter = decoder.drafter.model if isinstance(decoder.drafter, CopyingDrafter) else decoder.drafter
     assert drafter is not None
     draft_model = drafter.model if isinstance(drafter, DraftModelDrafter) else None
@@ -68,7 +66,7 @@ def deviation(
     while len(places) < tokens:
         decoder.start(rng.integers(2, len(WORDS), 5).tolist(), 100, rng)
         while not decoder.finished:
-            decoder.cycle(int(rng.integers(0, 5)))
+            decoder.cycle(int(rng.integers(0, 5)), alternatives, 0.02)
         text = torch.tensor([decoder.prompt + decoder.tokens])
         p = distributions(decoder.local.target, text)
         q = 2 * p if draft_model is None else distributions(draft_model, text)

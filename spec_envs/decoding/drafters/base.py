@@ -90,8 +90,6 @@ class ChainDrafter(ABC):
     """A drafter of chains that can always predict one more token.
 
     Attributes:
-        alternatives: how many further tokens of each distribution are proposed beside the drafted one; a drafter without
-            distributions proposes none.
         top_k: draw from this many most probable tokens, with weights rounded as they are sent over a network (see
             ``Proposal.truncated``); None draws from the whole distribution.
         temperature: at which tokens are drawn; 0 drafts the most probable token.
@@ -103,7 +101,6 @@ class ChainDrafter(ABC):
     capture: tuple[int, ...] = ()
     width: int = 1
     drafting: str = ""
-    alternatives: int = 0
     top_k: int | None = None
 
     def root(self, tree: Tree) -> int:

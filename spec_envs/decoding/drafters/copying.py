@@ -49,15 +49,6 @@ class CopyingDrafter(ChainDrafter):
         self.model.top_k = k
 
     @property
-    def alternatives(self) -> int:
-        """The draft model's ``alternatives``; see ``ChainDrafter``. A copy has none."""
-        return self.model.alternatives
-
-    @alternatives.setter
-    def alternatives(self, count: int) -> None:
-        self.model.alternatives = count
-
-    @property
     def lag(self) -> int:
         return self.model.lag
 

@@ -17,13 +17,13 @@ from transformers import PretrainedConfig
 
 from spec_envs.decoding import catch_up
 from spec_envs.decoding.drafters.base import ChainDrafter
-from spec_envs.decoding.drafters.children import drawn_child, most_probable_child
+from spec_envs.decoding.drafters.children import drawn_child, first_of, most_probable_child
 from spec_envs.decoding.drafters.integer_step import IntegerStep
 from spec_envs.decoding.drafters.shortlist import Shortlist
 from spec_envs.decoding.drafters.vocabulary import Vocabulary
 from spec_envs.decoding.model import integers
 from spec_envs.decoding.model.transformer import Transformer
-from spec_envs.decoding.tree import Children
+from spec_envs.decoding.tree import ALTERNATIVES, Children
 
 # Names of the layers' tensors that the forward reads (see ``layers.py``), with the number of the layer.
 OF_A_LAYER = re.compile(
@@ -114,7 +114,7 @@ class DraftModelDrafter(ChainDrafter):
     @property
     def _columns(self) -> int:
         """Tokens that are proposed after each row."""
-        return min(1 + self.alternatives, self.vocab)
+        return min(1 + ALTERNATIVES, self.vocab if self.vocabulary is None else len(self.vocabulary.ids))
 
     def preview(self, tokens: list[int]) -> Children:
         """Draft as if ``tokens`` were the unread ones, to time a forward between cycles; the state stays as it was."""
@@ -143,7 +143,7 @@ class DraftModelDrafter(ChainDrafter):
             seen: see ``KVCache.mask``.
 
         Returns:
-            The child of each of the last rows: the most probable token, or one that was drawn; then its alternatives.
+            The child of each of the last rows: the most probable token with its alternatives, or one that was drawn.
         """
         n, length = len(tokens), self.cache.length
         if self.call is None:
@@ -154,7 +154,7 @@ class DraftModelDrafter(ChainDrafter):
         extra = None if self.vocabulary is None else self.vocabulary.rows
         _, index, log_probs, entropies = self.call(None, ids, positions, self.cache, extra, self._columns, last, seen)
         self.cache.length += n
-        return Children(index if self.vocabulary is None else self.vocabulary.ids[index], log_probs, entropies)
+        return first_of(index if self.vocabulary is None else self.vocabulary.ids[index], log_probs, entropies)
 
     def _read(self, tokens: Sequence[int], at: np.ndarray, last: int = 1, seen: np.ndarray | None = None) -> Tensor:
         """Append rows for tokens to the cache; return the hidden states of the last ones, ``[last, hidden]``."""
@@ -174,7 +174,7 @@ class DraftModelDrafter(ChainDrafter):
         ids = None if self.vocabulary is None else self.vocabulary.ids
         if self.temperature == 0:
             return most_probable_child(logits, extra, ids, self.most_probable, self._columns)
-        return drawn_child(logits, extra, ids, self.sampling, self.top_k, self.rng.random(), self.alternatives)
+        return drawn_child(logits, extra, ids, self.sampling, self.top_k, self.rng.random())
 
 
 def on_the_target(

@@ -15,7 +15,7 @@ from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
 from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.drafters.suffix import SuffixDrafter
 from spec_envs.decoding.drafters.vocabulary import TOGETHER, same_vocabulary
-from spec_envs.decoding.tree import ALTERNATIVES, Children, Tree
+from spec_envs.decoding.tree import Beside, Children, Tree
 
 Chains = DraftModelDrafter | CopyingDrafter | LookupDrafter | SuffixDrafter
 NO_FEATURES = torch.empty(0)  # features of the target, which no drafter of chains reads
@@ -101,7 +101,6 @@ def chains_everywhere(live: Chains, longest: int, prompt: Sequence[int], text: S
     model = live.model if isinstance(live, CopyingDrafter) else live
     if not isinstance(model, DraftModelDrafter):
         raise ValueError(f"chains of a {type(model).__name__} cannot be drafted together; expected a draft model")
-    model.alternatives = ALTERNATIVES
     model.start([*prompt, text[0]], len(text) + TOGETHER * longest, NO_FEATURES, np.random.default_rng(0))
     for run in same_vocabulary(model.vocabulary, text[:-1]):
         scripts = [Scripted(model) for _ in range(run.start, run.stop)]
@@ -148,11 +147,21 @@ def draft_together(
     text, own = np.tril(np.ones((m, m), bool)), np.eye(m, dtype=bool)
     for size in range(longest):
         for i, (chain, script) in enumerate(zip(chains, scripts, strict=True)):
-            row = slice(i, i + 1)
-            script.following = Children(following.tokens[row], following.log_probs[row], following.entropies[row])
+            script.following = children_of(following, slice(i, i + 1))
             chain.grow()
         if size < longest - 1:
             ends = [int(chain.tree.tokens[-1]) for chain in chains]
             seen = np.concatenate([text, *[own] * (size + 1)], 1)
             following = model.step(ends, committed + np.arange(m) + size + 1, m, seen)
     model.cache.length = committed + m
+
+
+def children_of(following: Children, rows: slice) -> Children:
+    """Return what a draft model proposes after some of the rows of a forward."""
+    beside = following.beside
+    return Children(
+        following.tokens[rows],
+        following.log_probs[rows],
+        following.entropies[rows],
+        beside=None if beside is None else Beside(beside.tokens[rows], beside.log_probs[rows]),
+    )

@@ -151,10 +151,11 @@ def chain_columns(chains: Sequence[Chain], tokens: Sequence[int], longest: int) 
         columns["log_probs"][i, :size] = np.diff(chain.tree.scores, prepend=np.float32(0))
         columns["entropies"][i, :size] = [float(e[0]) for e in chain.tree.entropies]
         columns["copied"][i, :size] = chain.copied
-        for level, (beside, scores) in enumerate(chain.tree.alternatives):
-            columns["alternatives"][i, level, : len(beside)] = beside
-            above = chain.tree.scores[level - 1] if level else np.float32(0)
-            columns["alternative_log_probs"][i, level, : len(beside)] = scores - above
+        beside, _, levels, scores = chain.tree.beside(size, ALTERNATIVES, 0.0)
+        places = np.arange(len(levels)) - np.searchsorted(levels, levels)  # among those of the same token
+        columns["alternatives"][i, levels, places] = beside
+        above = np.concatenate([[np.float32(0)], chain.tree.scores])[levels]
+        columns["alternative_log_probs"][i, levels, places] = scores - above
         columns["length"][i], columns["matched"][i] = size, chain.matched
         ahead = text[i + 1 : i + 1 + size]
         wrong = np.flatnonzero(chain.tree.tokens[: len(ahead)] != ahead)

@@ -17,7 +17,7 @@ from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.sampling import Proposal
 from spec_envs.decoding.traces.files import RecordedTexts
 from spec_envs.decoding.traces.full_trees import level_slice
-from spec_envs.decoding.tree import NEVER, ROOT, Children, Tree
+from spec_envs.decoding.tree import NEVER, ROOT, Beside, Children, Tree
 from spec_envs.decoding.verifier import Traffic, Verdict
 from spec_envs.text import SILENT, Detokenizer
 
@@ -225,12 +225,10 @@ class ChainReplay(Replay, ChainDrafter):
     def draft(self, chain: list[int]) -> tuple[Children, int]:
         """Return the token that was drafted after a chain, and the rows of the recorded forward; 0 for a copy."""
         row, at = self.position.row, len(chain)
-        further = [
-            self.columns[name][row, at, : self.alternatives] for name in ("alternatives", "alternative_log_probs")
-        ]
-        tokens = np.append(self.columns["drafted"][row, at], further[0]).astype(np.int64)
-        log_probs = np.append(self.columns["log_probs"][row, at], further[1])
-        children = Children(tokens[None], log_probs[None], self.columns["entropies"][row, at : at + 1])
+        drafted, log_probs = (self.columns[name][row, at : at + 1, None] for name in ("drafted", "log_probs"))
+        beside = (self.columns[name][row, at][None] for name in ("alternatives", "alternative_log_probs"))
+        entropies = self.columns["entropies"][row, at : at + 1]
+        children = Children(drafted.astype(np.int64), log_probs, entropies, None, Beside(*beside))
         if self.columns["copied"][row, at]:
             return children, 0
         rows = catch_up.rows(self.unread, at, self.read)
