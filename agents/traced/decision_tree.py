@@ -27,6 +27,7 @@ from spec_envs.sealed import number_of, read_weights, write_weights
 from spec_envs.vector.env import ReplayVectorEnv
 
 LEAF, MIXED = -1, -1  # the feature of a leaf; the action of a node below which several are decided
+LEAST = 1e-6  # weight of a decision on which nothing depends, so that there is a tree where none matters
 KINDS = {
     "feature": torch.int32,
     "threshold": torch.float64,
@@ -124,8 +125,8 @@ class DecisionTreeAgent(Agent):
     network takes tens (VIPER, Bastani et al. 2018, arXiv 1805.08328).
 
     The teacher labels decisions on the training texts, at first along its own path and then along those of the tree so
-    far, which is fitted to all of them. Decisions weigh as much as the best action is worth more than the worst where
-    `hindsight` teaches, and all alike under other teachers. The tree compares only what its teacher reads, and while it
+    far, which is fitted to all of them. Where `hindsight` teaches, a decision weighs as much as the best action is worth
+    more than the second best (in the paper, than the worst); under other teachers all weigh alike. The tree compares only what its teacher reads, and while it
     decodes only what it compares is observed. `rules()` shows it as text.
 
     It is for the cost table under which it was distilled: another table needs another tree, while `hindsight` needs
@@ -297,10 +298,10 @@ class DecisionTreeAgent(Agent):
 
 
 def stakes(teacher: Agent, observations: np.ndarray) -> np.ndarray:
-    """Return by how much the best action is worth more than the worst that is open, ``[n]``; 1 where the teacher does
-    not value actions."""
+    """Return by how much the best action is worth more than the second best, ``[n]``; 1 where the teacher does not value
+    actions."""
     if not isinstance(teacher, HindsightAgent):
         return np.ones(len(observations))
-    values = teacher.values(observations)
-    difference: np.ndarray = values.max(1) - np.where(np.isfinite(values), values, np.inf).min(1)
-    return difference
+    best = np.sort(teacher.values(observations), 1)[:, -2:]
+    difference: np.ndarray = best[:, -1] - best[:, 0]
+    return np.nan_to_num(difference, posinf=0.0) + LEAST  # infinite where only one action is open
