@@ -121,13 +121,13 @@ class Labelled(NamedTuple):
 
 
 class DecisionTreeAgent(Agent):
-    """Decides by a small decision tree that imitates a trained agent, its teacher, and takes a few microseconds where a
-    network takes tens (VIPER, Bastani et al. 2018, arXiv 1805.08328).
+    """Decides by a small decision tree that imitates a trained agent, its teacher, in a fraction of a network's time
+    (VIPER, Bastani et al. 2018, arXiv 1805.08328).
 
     The teacher labels decisions on the training texts, at first along its own path and then along those of the tree so
     far, which is fitted to all of them. Where `hindsight` teaches, a decision weighs as much as the best action is worth
-    more than the second best (in the paper, than the worst); under other teachers all weigh alike. The tree compares only what its teacher reads, and while it
-    decodes only what it compares is observed. `rules()` shows it as text.
+    more than the second best (in the paper, than the worst); under other teachers all weigh alike. The tree compares only
+    what its teacher reads, and while it decodes, only what it compares is observed. `rules()` returns it as text.
 
     It is for the cost table under which it was distilled: another table needs another tree, while `hindsight` needs
     another price only.
