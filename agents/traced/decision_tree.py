@@ -303,5 +303,5 @@ def stakes(teacher: Agent, observations: np.ndarray) -> np.ndarray:
     if not isinstance(teacher, HindsightAgent):
         return np.ones(len(observations))
     best = np.sort(teacher.values(observations), 1)[:, -2:]
-    difference: np.ndarray = best[:, -1] - best[:, 0]
-    return np.nan_to_num(difference, posinf=0.0) + LEAST  # infinite where only one action is open
+    found: np.ndarray = LEAST + np.nan_to_num(best[:, -1] - best[:, 0], posinf=0.0)  # infinite: only one is open
+    return found
