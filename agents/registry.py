@@ -27,6 +27,7 @@ from spec_envs.agents.rules.ucb import UcbAgent
 from spec_envs.agents.rules.ucb_budget import UcbBudgetAgent
 from spec_envs.agents.sb3.agent import ALGORITHMS, agent_of
 from spec_envs.agents.selector.agent import RLAdapterAgent
+from spec_envs.agents.traced.decision_tree import DecisionTreeAgent
 from spec_envs.agents.traced.exact_pg import ExactPGAgent
 from spec_envs.agents.traced.hindsight import HindsightAgent
 
@@ -52,6 +53,7 @@ AGENTS: dict[str, type[Agent]] = {
     "ucb-drafter": UcbDrafterAgent,
     "hindsight": HindsightAgent,
     "exact-pg": ExactPGAgent,
+    "decision-tree": DecisionTreeAgent,
     "rl-adapter": RLAdapterAgent,
     "reinforce": ReinforceAgent,
     "dvi": DVIAgent,

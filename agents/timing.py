@@ -10,8 +10,9 @@ from torch import nn
 
 REPEATS = 20
 CACHE = 16 << 20  # bytes, more than a core has for itself
-# Seconds of a decision on one core of a server of 2023: the Python around it, a layer in NumPy, one in torch, a weight.
-OVERHEAD, LAYER, IN_TORCH, WEIGHT = 10e-6, 2e-6, 150e-6, 1e-10
+# Seconds of a decision on one core of a server of 2023: the Python around it, a layer in NumPy, one in torch, a weight, and
+# a comparison of a decision tree.
+OVERHEAD, LAYER, IN_TORCH, WEIGHT, COMPARISON = 10e-6, 2e-6, 150e-6, 1e-10, 0.1e-6
 
 
 def cold_seconds(decide: Callable[[], object]) -> float:
@@ -26,10 +27,11 @@ def cold_seconds(decide: Callable[[], object]) -> float:
     return float(np.median(timings))
 
 
-def priced(weights: int, layers: int = 0, in_torch: int = 0) -> float:
-    """Return the seconds of a decision that reads so many weights, in layers computed in NumPy or in torch. Under a
-    cost table forwards are priced, and so are decisions: a measured time would make two runs of one seed differ."""
-    return OVERHEAD + LAYER * layers + IN_TORCH * in_torch + WEIGHT * weights
+def priced(weights: int = 0, layers: int = 0, in_torch: int = 0, comparisons: int = 0) -> float:
+    """Return the seconds of a decision that reads so many weights, in layers computed in NumPy or in torch, and compares
+    so many numbers. Under a cost table forwards are priced, and so are decisions: a measured time would make two runs of
+    one seed differ."""
+    return OVERHEAD + LAYER * layers + IN_TORCH * in_torch + WEIGHT * weights + COMPARISON * comparisons
 
 
 def priced_network(network: nn.Module) -> float:

@@ -93,11 +93,25 @@ class HindsightAgent(TracedAgent):
         level = self.plans.level(observations)
         return self.plans.actions(level, self._best(observations, level))
 
+    def values(self, observations: np.ndarray) -> np.ndarray:
+        """Return the worth of each action in tokens ``[n, actions]``, up to a number that all actions of an observation
+        have in common: that of the best plan that it follows, and −inf where it follows none that is open."""
+        level = self.plans.level(observations)
+        worth = self._worth(observations, level)
+        follows = self.plans.actions(level[:, None], np.arange(worth.shape[1]))
+        values = np.full((len(worth), int(self.control.action_space.n)), -np.inf)
+        np.maximum.at(values, (np.arange(len(worth))[:, None], follows), worth)
+        return values
+
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Return the plan ``[n]`` with the most A − λT among those that are open."""
-        worth = self.outcomes.worth(self.outputs(observations), level)
-        best: np.ndarray = (worth - self.pace * self._late(observations)).argmax(1)
+        best: np.ndarray = self._worth(observations, level).argmax(1)
         return best
+
+    def _worth(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
+        """Return A − λT of every plan ``[n, plans]``; see ``Outcomes.worth``."""
+        worth: np.ndarray = self.outcomes.worth(self.outputs(observations), level)
+        return worth - self.pace * self._late(observations)
 
     def _late(self, observations: np.ndarray) -> np.ndarray:
         """Return the seconds of reading what the drafter of each plan has not read, ``[n, plans]`` or ``[n, 1]``."""

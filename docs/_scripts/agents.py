@@ -14,7 +14,6 @@ from spec_envs.agents.rules.base import ChainRule, Rule
 from spec_envs.agents.sb3.agent import ALGORITHMS, SB3Agent
 from spec_envs.agents.sb3.settings import SB3Settings
 from spec_envs.agents.settings import AgentSettings
-from spec_envs.agents.traced.base import TracedAgent
 from spec_envs.controls import CONTROLS
 from spec_envs.controls.base import environment_id
 
@@ -122,7 +121,9 @@ def page_of(name: str, kind: type[Agent]) -> str:
     """Return the page that describes an agent."""
     if name in ("rl-adapter", "ddqn"):
         return "network"
-    for family, page in ((SB3Agent, "stable-baselines3"), (TracedAgent, "full-information"), (ExitAgent, "exits")):
+    if kind.learns_from == "trace":
+        return "full-information"
+    for family, page in ((SB3Agent, "stable-baselines3"), (ExitAgent, "exits")):
         if issubclass(kind, family):
             return page
     assert issubclass(kind, Rule), f"{name} is of no family; name its page here"

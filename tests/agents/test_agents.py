@@ -50,6 +50,7 @@ def test_registry_lists_every_agent() -> None:
         "reinforce",
         "dvi",
         "ddd",
+        "decision-tree",
         "exact-pg",
         "hindsight",
         "svip-tree",

@@ -33,7 +33,7 @@ PLACES: list[tuple[str, dict[str, Any]]] = [  # an agent is tried in the first e
     *((env_id, {}) for env_id in ENVIRONMENTS),
 ]
 PREFERRED: dict[str, tuple[str, dict[str, Any]]] = {
-    **dict.fromkeys(("hindsight", "exact-pg"), ("SpecDepth-v0", TREE)),
+    **dict.fromkeys(("hindsight", "exact-pg", "decision-tree"), ("SpecDepth-v0", TREE)),
     **dict.fromkeys(ALGORITHMS, ("SpecK-v0", TOKEN)),
 }
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {

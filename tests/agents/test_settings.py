@@ -41,6 +41,7 @@ def test_every_hyperparameter_has_a_meaning(name: str) -> None:
             r'train_freq is 0; expected a whole number of 1 or more, or a list like \[4, "step"\]',
         ),
         ("hindsight", {"reads": "all"}, "reads is 'all'; expected one of cycle, everything"),
+        ("decision-tree", {"depth": 33}, "depth is 33; expected a whole number from 1 to 32"),
     ],
 )
 def test_unfit_values_are_refused(name: str, given: dict[str, Any], message: str) -> None:

@@ -81,6 +81,12 @@ def test_learns_to_choose(
     assert [again.predict(one)[0] for one in seen] == agent.actions(seen).tolist()
 
 
+def test_tree_learns_to_choose(env: ReplayVectorEnv, outcomes: Outcomes) -> None:
+    tree: Any = AGENTS["decision-tree"](control=env.control, decisions=1024).learn(0, copy.deepcopy(env))
+    static = outcomes.static().sum(0)
+    assert played(env, tree).sum() < (static.min() + static.max()) / 2
+
+
 def test_hindsight_asks_nobody_where_drafting_is_dear(env: ReplayVectorEnv) -> None:
     agent: Any = AGENTS["hindsight"](control=env.control, seed=1, **SMALL).learn(0, copy.deepcopy(env))
     agent.price(CostTable("dear", {1: 1.0, 2: 50.0}, {1: 90.0}))
@@ -94,7 +100,7 @@ def played(env: ReplayVectorEnv, agent: Any) -> np.ndarray:
     seen, _ = env.reset(seed=0, options={"texts": np.resize(env.texts, env.num_envs)})
     alive, spent = np.ones(env.num_envs, bool), np.zeros(env.num_envs)
     while alive.any():
-        seen, _, terminated, _, _ = env.step(agent.actions(seen))
+        seen, _, terminated, _, _ = env.step(agent.predict(seen, deterministic=True)[0])
         spent += alive * sum(env.brought["seconds"].values())
         alive &= ~terminated
     return spent[: len(env.texts)]
