@@ -12,6 +12,7 @@ from gymnasium import spaces
 from spec_envs.controls import candidates
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Setting
 from spec_envs.controls.observation.entries import (
+    TASKS,
     WINDOWS,
     Entry,
     acceptance,
@@ -38,7 +39,6 @@ from spec_envs.decoding.engine import Engine
 from spec_envs.decoding.llama_cpp.engine import drafter_for, open_server
 from spec_envs.decoding.llama_cpp.server import check_server_args
 from spec_envs.decoding.loading import Models
-from spec_envs.prompts.sets import TASKS
 
 VERIFY, DRAFT = 0, 1
 SEGMENT = 64  # tokens between decisions where a server decodes whole segments
