@@ -195,7 +195,7 @@ def arguments() -> argparse.Namespace:
         "--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the stanza"
     )
     parser.add_argument("--trials", type=POSITIVE, default=30, help="number of trials in all (default 30)")
-    parser.add_argument("--prompts", type=POSITIVE, default=12, help="number of training prompts (default 12)")
+    parser.add_argument("--prompts", type=POSITIVE, default=13, help="number of training prompts (default 13)")
     parser.add_argument("--tokens", type=TOKENS, default=64, help="most new tokens per prompt (default 64)")
     parser.add_argument(
         "--root", type=output_folder, default=Path("runs/tune"), help="where studies are written (default runs/tune)"

@@ -64,7 +64,7 @@ class Plan:
         control = make_control(self.env_id, self.env)
         given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
         given["date"] = given["date"] or DATE
-        given["prompts"] = ",".join(sets_named(given["prompts"], given["data_dir"]))  # what "all" stands for now
+        given["prompts"] = ",".join(sets_named(str(given["prompts"]), given["data_dir"]))  # what "all" stands for now
         if given["drafter"] == "auto":
             given["drafter"] = control.default_drafter(self.target)
         control.check_drafter(str(given["drafter"]))

@@ -286,7 +286,8 @@ def test_rendering_works_right_after_reset(env_id: str, tiny: dict) -> None:
         for _ in range(4):
             shown = env.render()
             assert isinstance(shown, str) if mode == "ansi" else (shown.shape == (480, 800, 3) and shown.std() > 0)
-            env.step(0)
+            if env.step(0)[2]:
+                env.reset()
         env.close()
         env.close()
 

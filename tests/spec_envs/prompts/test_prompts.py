@@ -8,6 +8,9 @@ import gymnasium as gym
 import pytest
 
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.experiments.config import load_experiment
+from spec_envs.experiments.measure import static
+from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.files import DATA
 from spec_envs.prompts.rows import FINAL
 from spec_envs.prompts.sets import SPLITS, encode, encode_all, load_prompts, sets_named
@@ -39,6 +42,13 @@ def test_page_states_sizes_of_splits_and_every_set() -> None:
     train, validation, test = (len(load_prompts("all", split)) for split in SPLITS)
     assert f'({train} prompts in `prompts="all"`), `"validation"` ({validation}) and\n`"test"` ({test})' in page
     assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == list(sets_named("all"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_validations_and_searches_decode_every_set(split: str, tiny: dict) -> None:
+    count = load_experiment("SpecDepth-v0", "ppo-live").eval_prompts
+    assert count == static.PROMPTS
+    assert {prompt.task for prompt in encoded_prompts(tiny, split, count)} == set(sets_named("all"))
 
 
 @pytest.mark.model
