@@ -55,7 +55,7 @@ class Experiment(BaseModel):
         description="environment steps between validations, the best of which is kept; 0 validates never. A validation "
         "waits for the end of a rollout",
     )
-    eval_prompts: int = Field(10, ge=1, description="prompts of a validation")
+    eval_prompts: int = Field(13, ge=1, description="prompts of a validation")
     test_prompts: int = Field(15, ge=2, description="prompts of the final table")
     checkpoint_freq: int = Field(
         2048, ge=1, description="environment steps between checkpoints; each waits for the end of a rollout"

@@ -284,8 +284,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prompts",
         type=POSITIVE,
-        default=12,
-        help="number of training prompts, or of validation texts of agents that are trained (default 12)",
+        default=13,
+        help="number of training prompts, or of validation texts of agents that are trained (default 13)",
     )
     parser.add_argument("--tokens", type=TOKENS, default=64, help="most new tokens per prompt (default 64)")
     parser.add_argument(

@@ -116,7 +116,7 @@ def generate(
         prompt: token ids (``spec_envs.prompts.sets.encode``).
         max_new_tokens: most tokens to emit.
         seed: seed of sampling, at a temperature above 0.
-        task: kind of prompt, for controls that show it: a name of ``spec_envs.prompts.sets.TASKS``, or any other.
+        task: kind of prompt, for controls that show it: a name of ``spec_envs.controls.observation.entries.TASKS``, or any other.
         learn: True lets the agent explore and continue to learn from every cycle, which ``rl-adapter`` can, and ``dvi``
             and ``reinforce`` after ``agent.bind(decoder)``.
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from spec_envs.decoding.model.batch import generate_batch
 from spec_envs.decoding.model.transformer import Transformer
 from spec_envs.experiments.drafters.text.composing import Composer
-from spec_envs.experiments.drafters.turns import OPENINGS, training_turns
+from spec_envs.experiments.drafters.turns import OPENINGS, shipped_prompts
 from spec_envs.files import parse_json, whole
 from spec_envs.prompts.sets import decode, encode
 from spec_envs.prompts.templates import rendered
@@ -223,7 +223,7 @@ def planned(
     requests += continued(writer, histories[: following // 3], rng)
     requests += [Request(FOLLOWING, composer.follow_up(rng), history) for history in histories[following // 3 :]]
     if number == 0:
-        requests += [Request(SHIPPED, turn) for turn in training_turns()]
+        requests += [Request(SHIPPED, prompt.text, prompt.history) for prompt in shipped_prompts()]
     kinds = rng.choices(list(composer.kinds), list(composer.kinds.values()), k=size - own - following)
     return requests + [Request(kind, composer.turn(kind, rng)) for kind in kinds]
 

@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from spec_envs.prompts.sets import load_prompts
+from spec_envs.prompts.sets import Prompt, in_turn, load_prompts
 
 # Beginnings of some of the turns that the target writes, so that every kind of task occurs.
 OPENINGS = (
@@ -54,9 +54,9 @@ def composed_turn(rng: random.Random, texts: Sequence[str]) -> str:
     return rng.choice(COMPLETE).format(rng.choice(library_functions()))
 
 
-def training_turns() -> list[str]:
-    """Return the texts of the shipped training prompts."""
-    return [prompt.text for prompt in load_prompts("all", "train")]
+def shipped_prompts() -> list[Prompt]:
+    """Return the shipped training prompts; tasks take turns."""
+    return in_turn(load_prompts("all", "train"), 1)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from pathlib import Path
 from spec_envs.decoding.loading import DEFAULT_TARGET
 from spec_envs.decoding.weights.checkpoints import load_target, load_tokenizer, resolve_device, resolve_dtype
 from spec_envs.experiments.drafters.selftext import sampled_turns
-from spec_envs.experiments.drafters.turns import composed_turn, training_turns
+from spec_envs.experiments.drafters.turns import composed_turn, shipped_prompts
 from spec_envs.prompts.conversations import write_log
 from spec_envs.settings import Keywords
 
@@ -28,7 +28,7 @@ def write_own_text(path: Path, env: Keywords, count: int, seed: int) -> None:
     name, device = env.get("target", DEFAULT_TARGET), resolve_device(env.get("device", "auto"))
     target = load_target(name, device, resolve_dtype(env.get("dtype", "auto"), device, [name]))
     tokenizer, rng = load_tokenizer(name), random.Random(seed)
-    turns = list(dict.fromkeys(training_turns()))[: count // 2]
+    turns = [prompt.text for prompt in shipped_prompts() if not prompt.history][: count // 2]
     LOG.info(f"{name} writes user turns for training")
     barren = 0
     while len(turns) < count and barren < 3:

@@ -25,7 +25,7 @@ from spec_envs.network.link import LinkState, MarkovLink, load_link
 from spec_envs.settings import Keywords
 
 DRAFT = 4  # length of the drafts among which the best static k is searched
-PROMPTS, TOKENS = 12, 64  # training prompts on which choices are tried, and tokens of each
+PROMPTS, TOKENS = 13, 64  # training prompts on which choices are tried, and tokens of each
 RECORDED = 40  # prompts if a trace is replayed, which is cheap
 
 

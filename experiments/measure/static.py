@@ -28,7 +28,7 @@ from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.experiments.reports.report import setting_name
 from spec_envs.settings import Keywords
 
-PROMPTS, TOKENS = 5, 48  # training prompts on which settings are tried, and tokens of each
+PROMPTS, TOKENS = 13, 48  # training prompts on which settings are tried, one of every shipped set, and tokens of each
 
 
 def static_policy(control: Control, values: Sequence[Setting]) -> Policy:

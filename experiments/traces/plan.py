@@ -17,6 +17,7 @@ from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.work_folder import NOTE, claim
 from spec_envs.files import read_json
 from spec_envs.prompts.rows import SPLITS, Split
+from spec_envs.prompts.sets import sets_named
 from spec_envs.prompts.templates import DATE
 from spec_envs.settings import Keywords
 
@@ -63,6 +64,7 @@ class Plan:
         control = make_control(self.env_id, self.env)
         given = {key: self.env.get(key, default) for key, default in DEFAULTS.items()}
         given["date"] = given["date"] or DATE
+        given["prompts"] = ",".join(sets_named(str(given["prompts"]), given["data_dir"]))  # what "all" stands for now
         if given["drafter"] == "auto":
             given["drafter"] = control.default_drafter(self.target)
         control.check_drafter(str(given["drafter"]))

@@ -192,7 +192,7 @@ def assemble(plan: Plan, folder: Path) -> None:
         fingerprints=weights_sha256(plan.target, settings["drafter"]),
         dtype=decoder.dtype,
         template=plan.env.get("template"),
-        prompts=plan.env.get("prompts", "all"),
+        prompts=settings["prompts"],
         max_new_tokens=plan.max_new_tokens,
         width=decoder.tree.width,
         max_depth=decoder.max_depth,

@@ -32,6 +32,7 @@ from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.measure.machine import versions, weights_sha256
 from spec_envs.files import parse_json, whole
 from spec_envs.network.expected_trace import ExpectedText, ExpectedTrace
+from spec_envs.prompts.sets import sets_named
 from spec_envs.prompts.templates import DATE
 
 LOG = logging.getLogger(__name__)
@@ -94,16 +95,17 @@ def record(
 
 
 def made_with(args: argparse.Namespace, drafter: str, dtype: str) -> str:
-    """Return a description of what a trace was made with, as JSON: hashes of both models' weights, dtype, prompts, the
-    date for chat templates, versions, and the options of the command."""
+    """Return a description of what a trace was made with, as JSON: hashes of both models' weights, dtype, the date for
+    chat templates, versions, and the options of the command."""
     hashes = weights_sha256(args.target, drafter)
-    found = {"sha256": hashes, "dtype": dtype, "prompts": args.prompts, "date": DATE, "versions": versions()}
+    found = {"sha256": hashes, "dtype": dtype, "date": DATE, "versions": versions()}
     return json.dumps(found | {"settings": settings(args)})
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:
-    """Return the options that a recording depends on: all but the name of its file."""
-    return {name: value for name, value in vars(args).items() if name != "out"}
+    """Return the options that a recording depends on: all but the name of its file. Prompt sets are named one by one."""
+    found = {name: value for name, value in vars(args).items() if name != "out"}
+    return found | {"prompts": ",".join(sets_named(args.prompts))}
 
 
 def last_repeated(rows: np.ndarray) -> np.ndarray:

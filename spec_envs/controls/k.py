@@ -13,6 +13,7 @@ from spec_envs.checked import check_number
 from spec_envs.controls import candidates
 from spec_envs.controls.base import LONGEST_CHAIN, Control, Setting
 from spec_envs.controls.observation.entries import (
+    TASKS,
     WINDOWS,
     Entry,
     acceptance,
@@ -40,7 +41,6 @@ from spec_envs.decoding.llama_cpp.engine import drafter_for, open_server
 from spec_envs.decoding.llama_cpp.server import check_server_args
 from spec_envs.decoding.loading import Models
 from spec_envs.decoding.tree import ALTERNATIVES
-from spec_envs.prompts.sets import TASKS
 
 VERIFY, DRAFT = 0, 1
 SEGMENT = 64  # tokens between decisions where a server decodes whole segments

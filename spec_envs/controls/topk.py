@@ -10,7 +10,16 @@ import numpy as np
 from gymnasium import spaces
 
 from spec_envs.controls.base import Control, Setting
-from spec_envs.controls.observation.entries import WINDOWS, Entry, acceptance, mean, one_hot, read_match, text_entries
+from spec_envs.controls.observation.entries import (
+    TASKS,
+    WINDOWS,
+    Entry,
+    acceptance,
+    mean,
+    one_hot,
+    read_match,
+    text_entries,
+)
 from spec_envs.controls.observation.recorded import ENTROPY_UNIT
 from spec_envs.controls.observation.rl_adapter_state import KS, published_state
 from spec_envs.controls.rewards import rl_adapter, saved
@@ -23,7 +32,6 @@ from spec_envs.network.edge.estimate import Estimate
 from spec_envs.network.edge.linked import LinkedDecoder, is_address, linked
 from spec_envs.network.expected_trace import ExpectedTrace
 from spec_envs.network.link import load_link
-from spec_envs.prompts.sets import TASKS
 
 ACTIONS, PROTOCOLS = ("k", "joint"), ("auto", "scalar", "full")
 SEGMENTS = (16, 64)  # tokens that the cloud alone decodes in one exchange

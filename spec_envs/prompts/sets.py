@@ -1,8 +1,8 @@
 """Prompts: one user turn through the model's chat template.
 
-The shipped set has five tasks, named after the benchmarks that they resemble (the texts were written for this project):
-``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short summaries) and ``humaneval`` (code).
-Further sets are used only where they are named: ``json`` (structured output), ``translation``, ``questions``,
+The shipped sets are the files of ``data/prompts``, whose texts were written for this project. Five are named after the
+benchmarks that they resemble: ``mt_bench`` (chat), ``gsm8k`` (math), ``cnndm`` (long summaries), ``xsum`` (short
+summaries) and ``humaneval`` (code); the others are ``json`` (structured output), ``translation``, ``questions``,
 ``retrieval`` (with passages), ``rewriting``, ``extraction``, ``dialogue`` (several turns) and ``long_context``. Each is
 split into train, validation, test and final.
 
@@ -32,10 +32,6 @@ from spec_envs.text import Detokenizer, encodable
 
 LOG = logging.getLogger(__name__)
 SHIPPED = DATA / "prompts"
-TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
-FURTHER = (  # shipped, but not part of "all"
-    *("json", "translation", "questions", "retrieval", "rewriting", "extraction", "dialogue", "long_context"),
-)
 
 
 @dataclass(frozen=True)
@@ -60,11 +56,10 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     """Return prompts by name, in the order of their files.
 
     Args:
-        names: names of sets, separated by commas; ``"all"`` stands for every local set (of the shipped ones,
-            ``TASKS``).
+        names: names of sets, separated by commas; see ``sets_named``.
         split: ``"train"``, ``"validation"``, ``"test"``, ``"final"``, which is for published results only, or ``"all"``
-            of them but the final one. Rows of a foreign file that state no split are
-            divided by a hash of their text: six tenths train, one tenth validation, three tenths test.
+            of them but the final one. Rows of a foreign file that state no split are divided by a hash of their text:
+            six tenths train, one tenth validation, three tenths test.
         data_dir: folder of ``{name}/question.jsonl`` files; None for the shipped set.
 
     Raises:
@@ -72,30 +67,39 @@ def load_prompts(names: str = "all", split: str = "train", data_dir: str | None 
     """
     if split not in (*SPLITS, FINAL, "all"):
         raise ValueError(f"split is {split!r}; expected one of {', '.join((*SPLITS, FINAL))}, all")
-    wanted = [name.strip() for name in names.split(",")]
-    found = prompt_files(data_dir) if any("/" not in name and not is_log(name) for name in wanted) else {}
-    every = [name for name in found if data_dir is not None or name in TASKS]
-    chosen = list(dict.fromkeys(name for part in wanted for name in (every if part == "all" else [part])))
-    if unknown := [name for name in chosen if name not in found and "/" not in name and not is_log(name)]:
-        raise ValueError(f"no prompt set {', '.join(unknown)}; there are {', '.join(found)}")
     prompts: list[Prompt] = []
+    chosen = sets_named(names, data_dir)
     stems = [Path(name).stem for name in chosen]
-    for name in chosen:
+    for name, file in chosen.items():
         task, path = name, at_home(name)
         if is_log(name):
             task = path.stem if stems.count(path.stem) == 1 else name
             turns = read_log(path)
         else:
-            turns = read_questions(found[name]) if name in found else read_data_set(name)
-        logged = is_log(name) or name not in found
+            turns = read_questions(file) if file else read_data_set(name)
         prompts += [
-            Prompt(task, t.text, t.history, logged)
+            Prompt(task, t.text, t.history, logged=file is None)
             for t in turns
             if split == t.split or (split == "all" and t.split != FINAL)
         ]
     if not prompts:
         raise ValueError(f"the prompt sets {', '.join(chosen)} have no prompt in the split {split!r}")
     return prompts
+
+
+def sets_named(names: str, data_dir: str | None = None) -> dict[str, Path | None]:
+    """Return the prompt sets that ``names``, separated by commas, stand for: the file of each, or None for a log and a
+    data set. ``"all"`` stands for every shipped set, or for every one below ``data_dir``.
+
+    Raises:
+        ValueError: unknown name, or the folder cannot be read or holds no prompts.
+    """
+    wanted = [name.strip() for name in names.split(",")]
+    found = prompt_files(data_dir) if any("/" not in name and not is_log(name) for name in wanted) else {}
+    chosen = list(dict.fromkeys(name for part in wanted for name in (found if part == "all" else [part])))
+    if unknown := [name for name in chosen if name not in found and "/" not in name and not is_log(name)]:
+        raise ValueError(f"no prompt set {', '.join(unknown)}; there are {', '.join(found)}")
+    return {name: None if is_log(name) else found.get(name) for name in chosen}
 
 
 def prompt_files(data_dir: str | None) -> dict[str, Path]:
@@ -105,7 +109,7 @@ def prompt_files(data_dir: str | None) -> dict[str, Path]:
         ValueError: the folder cannot be read or holds no prompts.
     """
     if data_dir is None:
-        return {name: SHIPPED / f"{name}.jsonl" for name in (*TASKS, *FURTHER)}
+        return {path.stem: path for path in sorted(SHIPPED.glob("*.jsonl"))}
     try:
         files = {path.parent.name: path for path in sorted(at_home(data_dir).glob("*/question.jsonl"))}
     except OSError as error:

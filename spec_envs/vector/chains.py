@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spec_envs.controls.observation.entries import WINDOWS
+from spec_envs.controls.observation.entries import TASKS, WINDOWS
 from spec_envs.controls.observation.recorded import RecordedChains
 from spec_envs.controls.observation.text_kind import FRESH, KINDS, OPENING, SNIPPET, kind_of_answer
 from spec_envs.decoding import catch_up
@@ -16,7 +16,6 @@ from spec_envs.decoding.drafters.lookup import LONGEST
 from spec_envs.decoding.traces.portfolio import PortfolioTrace
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
-from spec_envs.prompts.sets import TASKS
 from spec_envs.text import Detokenizer
 from spec_envs.vector.cycles import CycleTable
 from spec_envs.vector.draws import Draws

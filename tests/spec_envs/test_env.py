@@ -196,7 +196,7 @@ def observed(step: Any) -> list:
         ({"temperature": -1.0}, ValueError, "temperature is -1.0; expected 0"),
         ({"top_p": 0.0}, ValueError, "top_p is 0.0; expected"),
         ({"max_new_tokens": 1}, ValueError, "max_new_tokens is 1; expected 2"),
-        ({"prompts": "gsm9k"}, ValueError, "no prompt set gsm9k; there are mt_bench"),
+        ({"prompts": "gsm9k"}, ValueError, "no prompt set gsm9k; there are cnndm"),
         ({"split": "dev"}, ValueError, "split is 'dev'; expected one of train"),
         ({"clock": "sundial"}, ValueError, "no cost table 'sundial'"),
         ({"clock": "wall", "cost_features": True}, ValueError, "need cost tables"),
@@ -286,7 +286,8 @@ def test_rendering_works_right_after_reset(env_id: str, tiny: dict) -> None:
         for _ in range(4):
             shown = env.render()
             assert isinstance(shown, str) if mode == "ansi" else (shown.shape == (480, 800, 3) and shown.std() > 0)
-            env.step(0)
+            if env.step(0)[2]:
+                env.reset()
         env.close()
         env.close()
 

@@ -27,6 +27,8 @@ from spec_envs.decoding.engine import Engine
 CONTEXT_UNIT = 4096  # tokens of text that the observation shows as 1
 LENGTH_UNIT = 1000  # tokens of text that the published observation shows as 1
 WINDOWS = (4, 16)  # cycles over which acceptance is observed
+# The prompt sets that observations tell apart. All others are "any other", since a policy fits one size of observation.
+TASKS = ("mt_bench", "gsm8k", "cnndm", "xsum", "humaneval")
 
 
 class Entry(NamedTuple):

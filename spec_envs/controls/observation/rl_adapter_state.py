@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from spec_envs.prompts.sets import TASKS
+from spec_envs.controls.observation.entries import TASKS
 
 KS = (0, 50, 100, 200, 300, 500, 1000, 2000, 5000, 10000, 32000)
 TASKS_PUBLISHED = (*TASKS, "unknown")

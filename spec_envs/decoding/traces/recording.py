@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from spec_envs.decoding.clock import CostTable, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import DEFAULT_TARGET
-from spec_envs.prompts.sets import FURTHER
 
 MAX_NEW_TOKENS = 128  # default length of a text
 EVERY = "all"  # name of all splits, or of all prompt sets
@@ -141,15 +140,13 @@ def chosen(recording: str, texts: Sequence[RecordedText], split: str, names: str
 
 
 def tasks_named(names: str, tasks: Collection[str], recording: str) -> set[str]:
-    """Return the tasks of a recording that ``names``, separated by commas, selects. ``"all"`` is every one; shipped
-    prompt sets may be named beside it even if the recording does not have them.
+    """Return the tasks of a recording that ``names``, separated by commas, selects; ``"all"`` is every one.
 
     Raises:
         ValueError: the recording does not have a task of that name.
     """
     asked = {name.strip() for name in names.split(",")}
-    known = {EVERY, *tasks, *(FURTHER if EVERY in asked else ())}
-    if unknown := sorted(asked - known):
+    if unknown := sorted(asked - {EVERY, *tasks}):
         raise ValueError(
             f"the trace {recording!r} has no texts of the prompts {', '.join(map(repr, unknown))}; it has "
             f"{', '.join(sorted(tasks))}"

@@ -37,6 +37,7 @@ from spec_envs.experiments.drafters.selftext import (
     write_validation,
 )
 from spec_envs.experiments.drafters.text.composing import Composer
+from spec_envs.prompts.sets import Prompt
 from tests.experiments.drafters.text.invented import invented
 from tests.support.models.tiny import CPU
 
@@ -63,7 +64,8 @@ def composer(monkeypatch: pytest.MonkeyPatch) -> Composer:
     monkeypatch.setattr(selftext, "Writer", functools.partial(Writer, max_turn=ANSWER, max_answer=ANSWER))
     monkeypatch.setattr(selftext, "SMALLEST", 4)
     monkeypatch.setattr(selftext, "SHARE", TOKENS)
-    monkeypatch.setattr(selftext, "training_turns", lambda: ["the first of them", "the second of them"])
+    shipped = [Prompt("chat", "the first of them"), Prompt("chat", "the second of them")]
+    monkeypatch.setattr(selftext, "shipped_prompts", lambda: shipped)
     return Composer(invented(60))
 
 

@@ -131,7 +131,7 @@ def test_decision_holds_for_a_segment(pair: dict[str, Any]) -> None:
 
 
 def test_tasks_switch_after_switch_every_texts(pair: dict[str, Any]) -> None:
-    env = make(pair, switch_every=3, prompts="all,json")
+    env = make(pair, switch_every=3)
     tasks = []
     for i in range(12):
         env.reset(seed=0 if i == 0 else None)

@@ -14,6 +14,7 @@ from spec_envs import ENVIRONMENTS, generate
 from spec_envs.agents.baselines.uniform import RandomAgent
 from spec_envs.controls import CONTROLS, Policy, Predictor, make_control
 from spec_envs.controls.dvi import DVIControl, exit_of
+from spec_envs.controls.observation.entries import TASKS
 from spec_envs.decoding import accept
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.drafters.draft_model import DraftModelDrafter
@@ -23,7 +24,7 @@ from spec_envs.experiments.measure.arms import Encoded, decoded
 from spec_envs.experiments.measure.references import transformers_model
 from spec_envs.experiments.measure.results import Divergence
 from spec_envs.experiments.measure.statistics import divergence
-from spec_envs.prompts.sets import TASKS, encode, load_prompts
+from spec_envs.prompts.sets import encode, encode_prompt, load_prompts
 from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.tiny import REAL
 from tests.support.power import draws_for_power
@@ -34,7 +35,7 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def prompts() -> dict[str, list[int]]:
-    """Return the shortest test prompt of every task."""
+    """Return the shortest test prompt of every task that observations tell apart."""
     tokenizer = load_tokenizer(REAL)
     texts = {task: min((p.text for p in load_prompts(task, "test")), key=len) for task in TASKS}
     return {task: encode(tokenizer, text) for task, text in texts.items()}
@@ -173,7 +174,7 @@ def test_text_of_the_kernels_is_plain_text_under_random_actions(pytestconfig: py
     count, tokens = pytestconfig.getoption("--prompts"), 64
     decoder = load_decoder(REAL, "auto", "cpu", dtype)
     tokenizer, texts = load_tokenizer(REAL), load_prompts("all", "all")
-    chosen = [Encoded(p.task, encode(tokenizer, p.text)) for p in texts[:: max(1, len(texts) // count)]][:count]
+    chosen = [Encoded(p.task, encode_prompt(tokenizer, p)) for p in texts[:: max(1, len(texts) // count)]][:count]
     plain = decoded(decoder.plain(), None)
     arms = []
     keywords: list[tuple[str, str, dict]] = [

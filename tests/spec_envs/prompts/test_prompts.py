@@ -1,33 +1,62 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
 
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
+from spec_envs.experiments.config import load_experiment
+from spec_envs.experiments.measure import static
+from spec_envs.experiments.measure.live import encoded_prompts
+from spec_envs.files import DATA
 from spec_envs.prompts.rows import FINAL
-from spec_envs.prompts.sets import FURTHER, SPLITS, TASKS, encode, load_prompts
+from spec_envs.prompts.sets import SPLITS, encode, encode_all, load_prompts, sets_named
+from tests.support import ROOT
+from tests.support.models.tiny import REAL
 
 
 def test_shipped_prompts_are_disjoint_and_cover_every_task() -> None:
-    texts: set[str] = set()
+    texts: set[tuple[tuple[tuple[str, str], ...], str]] = set()
     for split in SPLITS:
         prompts = load_prompts("all", split)
-        assert {p.task for p in prompts} == set(TASKS)
-        new = {p.text for p in prompts}
+        assert {p.task for p in prompts} == {path.stem for path in (DATA / "prompts").iterdir()}
+        new = {(p.history, p.text) for p in prompts}
         assert len(new) == len(prompts) and not new & texts
         texts |= new
 
 
-@pytest.mark.parametrize("name", [*TASKS, *FURTHER])
+@pytest.mark.parametrize("name", sets_named("all"))
 def test_every_set_has_four_splits_that_never_mix(name: str) -> None:
     splits = {split: [(p.history, p.text) for p in load_prompts(name, split)] for split in (*SPLITS, FINAL)}
     assert min(map(len, splits.values())) >= 3
     assert len({one for texts in splits.values() for one in texts}) == sum(map(len, splits.values()))
     everything = {(p.history, p.text) for p in load_prompts(name, "all")}
     assert everything == {one for split in SPLITS for one in splits[split]}  # and nothing of the final split
+
+
+def test_page_states_sizes_of_splits_and_every_set() -> None:
+    page = (ROOT / "docs/guides/prompts.md").read_text()
+    train, validation, test = (len(load_prompts("all", split)) for split in SPLITS)
+    assert f'({train} prompts in `prompts="all"`), `"validation"` ({validation}) and\n`"test"` ({test})' in page
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == list(sets_named("all"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_validations_and_searches_decode_every_set(split: str, tiny: dict) -> None:
+    count = load_experiment("SpecDepth-v0", "ppo-live").eval_prompts
+    assert count == static.PROMPTS
+    assert {prompt.task for prompt in encoded_prompts(tiny, split, count)} == set(sets_named("all"))
+
+
+@pytest.mark.model
+def test_shipped_prompts_fit_small_contexts() -> None:
+    """Behind the longest, 128 tokens are written and 32 drafted."""
+    lengths = [len(ids) for _, ids in encode_all(load_tokenizer(REAL), load_prompts("all", "all"))]
+    assert f"{max(lengths):,} tokens" in (ROOT / "docs/guides/prompts.md").read_text()
+    assert max(lengths) + 128 + 32 < 2048
 
 
 def test_environments_do_not_draw_the_final_split() -> None:

@@ -19,7 +19,7 @@ from spec_envs.decoding.drafters.lookup import LookedUp, Occurrences, copy_proba
 from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.weights.checkpoints import load_tokenizer
 from spec_envs.env import SpecEnv
-from spec_envs.prompts.sets import encode, load_prompts
+from spec_envs.prompts.sets import encode_prompt, load_prompts
 from tests.support.models.builds import WITHOUT_KERNELS
 from tests.support.models.tiny import REAL
 from tests.support.texts import deviation, plain
@@ -133,7 +133,7 @@ def test_reported_probability_of_copies_is_calibrated() -> None:
     decoder, tokenizer = load_decoder(REAL, "lookup", "cpu", "int8", width=1), load_tokenizer(REAL)
     reported, right = [], []
     for prompt in load_prompts("all", "test")[::9]:
-        decoder.start(encode(tokenizer, prompt.text), 64, np.random.default_rng(0))
+        decoder.start(encode_prompt(tokenizer, prompt), 64, np.random.default_rng(0))
         while not decoder.finished:
             cycle = decoder.cycle(1)
             reported += cycle.nodes.probabilities.tolist()

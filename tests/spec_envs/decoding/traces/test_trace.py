@@ -18,6 +18,7 @@ from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.stream import policy_of
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_texts, recorded, shard_of
+from spec_envs.prompts.sets import sets_named
 from tests.support.models.tiny import REAL
 from tests.support.recordings import TEXTS, recorded_at_costs
 
@@ -302,6 +303,13 @@ def test_plans_of_other_settings_have_separate_folders(plans: dict[str, Plan], t
     assert other != first and other.name.startswith(first.name)
     plans["copies"].claim(other)
     assert default_folder(plans["copies"], tmp_path) == other
+
+
+def test_plans_say_what_all_prompts_are() -> None:
+    """A trace of fewer sets, recorded when these were all, is not taken for one of all."""
+    every = Plan("SpecK-v0", {"drafter": "lookup"}, (1, 1, 1)).settings
+    assert every["prompts"].split(",") == list(sets_named("all"))
+    assert Plan("SpecK-v0", {"drafter": "lookup", "prompts": "gsm8k"}, (1, 1, 1)).settings["prompts"] == "gsm8k"
 
 
 def test_several_drafters_are_recorded_for_their_environment_alone() -> None:
