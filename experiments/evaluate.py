@@ -31,7 +31,7 @@ from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.price_list import kept
-from spec_envs.experiments.measure.results import COPIES, PAIR, Best, Results
+from spec_envs.experiments.measure.results import ALONE, COPIES, PAIR, Best, Results
 from spec_envs.experiments.measure.static import (
     best_recorded,
     best_static,
@@ -40,6 +40,7 @@ from spec_envs.experiments.measure.static import (
     search_in_words,
     static_policy,
     weighable,
+    without_alternatives,
 )
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
@@ -100,6 +101,8 @@ def evaluate_run(
             fixed |= link_policies(control, decoder, static)
         if static.pair and static.pair != static.best:
             fixed |= {PAIR: static_policy(pair_control(control), static.pair)}
+        if static.alone and (without := without_alternatives(control)):
+            fixed |= {ALONE: static_policy(without, static.alone)}
         if static.copied and static.copied != 2 * static.best:
             fixed |= {COPIES: policy_by_copies(control, static.copied)}
         policies |= fixed
@@ -189,7 +192,7 @@ def save(results: Results, folder: Path, again: str, run: Path | None) -> None:
     draw(results, folder / "results.png")
     with whole(folder / "results.md") as path:
         path.write_text("\n".join([*sentences(results), "", markdown(results)]).lstrip("\n"))
-    write_sealed(folder / "results.json", to_json(results))
+    write_sealed(folder / "results.json", to_json(results) | to_json(results.verdicts()))
     print(screen(results, folder, again, run))
 
 

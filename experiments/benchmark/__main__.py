@@ -45,8 +45,8 @@ from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.price_list import kept, price_list, training_prompts
-from spec_envs.experiments.measure.results import COPIES, PAIR, Results
-from spec_envs.experiments.measure.static import pair_control, policy_by_copies, static_policy
+from spec_envs.experiments.measure.results import ALONE, COPIES, PAIR, Results
+from spec_envs.experiments.measure.static import pair_control, policy_by_copies, static_policy, without_alternatives
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.reports.pages import add_page_arguments
@@ -83,6 +83,8 @@ def measure(name: str, size: Size, root: Path) -> Findings:
     fixed = {"static": static_policy(control, static.setting)}
     if static.pair != static.setting:
         fixed[PAIR] = static_policy(pair_control(control), static.pair)
+    if references.alone and (without := without_alternatives(control)):
+        fixed[ALONE] = static_policy(without, references.alone)
     if static.copied:
         fixed[COPIES] = policy_by_copies(control, static.copied)
     policies = fixed | {arm: found.policy for arm, found in arms.items()}
@@ -148,7 +150,7 @@ def decoded_live(
 ) -> Results:
     """Return the table of all arms on held-out prompts that are decoded live, and priced by the table that they were
     trained under. Agents that learn while they serve start from their initial state."""
-    fixed = [name for name in ("static", PAIR, COPIES) if name in policies]
+    fixed = [name for name in ("static", PAIR, ALONE, COPIES) if name in policies]
     learned = [name for name in policies if name not in fixed]
 
     def measure(count: int) -> Results:

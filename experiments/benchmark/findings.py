@@ -149,6 +149,8 @@ class References:
         pair_over_static: what that one makes.
         copied, copied_over_static: the best two lengths of chains, of cycles whose first token the draft model drafts and
             of those whose first token is a copy, and what they make; None where chains do not begin with copies.
+        alone, alone_over_static: the best chain length without the alternatives that are verified beside chains, and what it
+            makes; None where there are none.
         per_task_over_static: the best static setting of each task.
         clairvoyant: the clairvoyant optimum.
         informed: the best policy that could be learned from what an agent observes.
@@ -163,6 +165,8 @@ class References:
     pair_over_static: float
     copied: list[int] | None = None
     copied_over_static: float | None = None
+    alone: list[int] | None = None
+    alone_over_static: float | None = None
 
 
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from spec_envs.experiments.benchmark.scale_out import mapped
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import Sample
 from spec_envs.experiments.measure.bounds import Bounds
-from spec_envs.experiments.measure.static import best_by_copies, pair_control
+from spec_envs.experiments.measure.static import best_alone, best_by_copies, pair_control, without_alternatives
 from spec_envs.experiments.measure.statistics import over_texts_and_seeds, throughput
 
 
@@ -68,6 +68,11 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
         None if copied is None else held_out.by_copies()[:, copied[0], copied[1]],
     )
     total = float(static.seconds.sum())
+    alone, without = best_alone(trace, control, table, size.tokens), without_alternatives(control)
+    slower = None
+    if alone and without:
+        plain_chains = Bounds(trace, without, table, trace.of_split("test"), size.tokens)
+        slower = total / float(plain_chains.static()[:, plain_chains.plans.names.index((alone[0],))].sum())
     per_task = sum(seconds[i, own_best.get(task, best)] for i, task in enumerate(test.tasks))
     return static, References(
         static=list(static.setting),
@@ -75,6 +80,8 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
         pair_over_static=total / float(static.pair_seconds.sum()),
         static_over_plain=static.tokens * table.seconds("verify", 1) / total,
         per_task_over_static=total / per_task,
+        alone=alone,
+        alone_over_static=slower,
         copied=copied,
         copied_over_static=None if static.copied_seconds is None else total / float(static.copied_seconds.sum()),
         clairvoyant=total / test.clairvoyant().sum(),

@@ -78,8 +78,8 @@ def evaluate_choice(
         samples = side_by_side(fresh(), env, decoder, count, announce=partial(stages.begin, TABLE))
         found = replace(tables(samples, policies, env, decoder, used, [name], table), static=static)
         rows = found.arms
-        if found.priced:
-            rows = found.priced.arms
+        if found.at_prices:
+            rows = found.at_prices.arms
             samples = {arm: [at_prices(one, table) for one in own] for arm, own in samples.items() if arm in rows}
         rows |= bounded(samples, setting)
         found.over_best_single, found.over_fixed_order = (rows[name].over.get(other) for other in ("static", ORDER))

@@ -11,6 +11,7 @@ from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.machine import Machine
 
 PAIR = "pair's static"  # arm of the best static setting of the pair of models, where it is another one
+ALONE = "static without alternatives"  # arm of the best chain length where no alternatives are verified beside chains
 COPIES = "static by copies"  # arm of the best two chain lengths, where chains may begin with copies
 AGAIN = " again"  # ends the name of the second measurement of an arm
 QUIET = 0.05  # bounds of the A/A interval around 1 within which timings are trusted
@@ -46,6 +47,7 @@ class Best:
         pace: over a link, the estimated throughput of the best of these policies.
         pair: the best setting of the pair of models, whatever the environment lets its agent decide; None where it was
             not searched for.
+        alone: where alternatives are verified beside chains, the best length without them.
         copied: where chains may begin with copies, their best two lengths: of cycles whose first token the draft model
             drafts, and of those whose first token is a copy; None elsewhere, or where they were not searched for.
         fixed_order: where the agent chooses between drafters, the hyper-parameters of the best rule ``fixed-order``.
@@ -59,6 +61,7 @@ class Best:
     fixed_order: dict[str, Any] | None = None
     pair: list[Setting] | None = None
     copied: list[int] | None = None
+    alone: list[int] | None = None
 
 
 @dataclass(kw_only=True)
@@ -200,6 +203,35 @@ class Priced:
     source: str
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a table says about an arm.
+
+    Attributes:
+        over_static, low, high: its throughput over that of the best static setting, and the bounds of the 95 % interval;
+            None where there is no static setting.
+        over_plain: the same over plain decoding.
+        void: True if the machine was too busy while the table was timed.
+        reason: why it is void.
+    """
+
+    over_static: float | None
+    low: float | None
+    high: float | None
+    over_plain: float | None
+    void: bool
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, row: Row, reason: str | None) -> Verdict:
+        """Return the verdict on the arm of a row; ``reason`` is why the table is void, or None."""
+        static, plain = row.over.get("static"), row.over.get("plain")
+        over_plain = plain.value if plain else None
+        if static is None:
+            return cls(None, None, None, over_plain, reason is not None, reason)
+        return cls(static.value, static.low, static.high, over_plain, reason is not None, reason)
+
+
 @dataclass(kw_only=True)
 class Results(Comparison):
     """A table, and all figures that its notes and its picture need.
@@ -219,7 +251,7 @@ class Results(Comparison):
         others_text: share of the prompts on which other software emits the tokens of plain decoding.
         static: the best static setting.
         exit: figures of a run that trains an early exit.
-        priced: the same texts at the prices of a cost table; None where no forward was timed in this process.
+        at_prices: the same texts at the prices of a cost table; None where no forward was timed in this process.
         over_best_single, over_fixed_order: the learned agent over the best static setting of any drafter and over the
             best fixed order of drafters, priced; None where the agent does not choose between drafters.
         replay_equals_live: there, whether random cycles of the recorded texts were the same live.
@@ -245,9 +277,20 @@ class Results(Comparison):
     divergences: dict[str, Divergence] | None = None
     static: Best | None = None
     exit: Exit | None = None
-    priced: Priced | None = None
+    at_prices: Priced | None = None
     over_best_single: Interval | None = None
     over_fixed_order: Interval | None = None
     replay_equals_live: bool | None = None
     switching: Priced | None = None
     first_try: Results | None = None
+
+    def verdicts(self) -> dict[str, dict[str, Verdict]]:
+        """Return what the table says about every arm, ``"live"`` as it was timed and ``"priced"`` at the prices of a cost
+        table; one of the two is empty where there is only the other."""
+        timed = self.machine.clock in (None, "wall")
+        priced = (self.at_prices.arms if self.at_prices else {}) if timed else self.arms
+        reason = None if self.quiet else self.aa_check()
+        return {
+            "live": {name: Verdict.of(row, reason) for name, row in (self.arms if timed else {}).items()},
+            "priced": {name: Verdict.of(row, None) for name, row in priced.items()},
+        }

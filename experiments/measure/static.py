@@ -45,7 +45,8 @@ def static_chain(k: int, k_max: int = 16) -> Policy:
 def policy_by_copies(control: Control, lengths: Sequence[int]) -> Policy:
     """Return the policy that drafts the first length in cycles whose first token the draft model drafts, and the second
     one in those whose first token is a copy; ``control`` is of the same chains."""
-    by_token = KControl(control.max_depth + 1, decision="token")
+    assert isinstance(control, KControl)  # the only one of chains that may begin with copies
+    by_token = control.of_same_chains(decision="token")
     k, k_copied = lengths
     return Policy(by_token, CopyKAgent(by_token, k=k, k_copied=k_copied))
 
@@ -94,7 +95,25 @@ def best_recorded(trace: Trace, control: Control, table: CostTable, max_new_toke
         tokens_per_second=tried,
         pair=list(whole.plans.names[whole.best(whole.static())]),
         copied=best_by_copies(own),
+        alone=best_alone(trace, control, table, max_new_tokens),
     )
+
+
+def best_alone(trace: Trace, control: Control, table: CostTable, max_new_tokens: int) -> list[int] | None:
+    """Return the chain length that is fastest on the training texts of a trace if no alternatives are verified beside it;
+    None where none are."""
+    without = without_alternatives(control)
+    if without is None:
+        return None
+    bounds = Bounds(trace, without, table, trace.of_split("train"), max_new_tokens)
+    return list(bounds.plans.names[bounds.best(bounds.static())])
+
+
+def without_alternatives(control: Control) -> Control | None:
+    """Return the control of the same chains without the alternatives beside them; None where there are none."""
+    if isinstance(control, KControl) and control.alternatives:
+        return control.of_same_chains(alternatives=0, observation="counters")
+    return None
 
 
 def best_by_copies(bounds: Bounds) -> list[int] | None:

@@ -121,7 +121,7 @@ def tables(
             results.by_state = {name: choices_by_state(control, samples[name]) for name in learned}
         results.bytes_per_token = {name: bytes_per_token(arm) for name, arm in samples.items()}
     if costs and curves:
-        results.priced = priced(samples, references, costs, source)
+        results.at_prices = priced(samples, references, costs, source)
     if not decoder.temperature:
         ours = {"plain", *policies}
         results.others_text = {

@@ -27,7 +27,7 @@ def markdown(results: Results) -> str:
 
 def arms_tables(results: Results) -> list[str]:
     """Return the lines of the table of all arms and, where they were timed, of the priced table, each with a caption."""
-    clock, priced = results.machine.clock, results.priced
+    clock, priced = results.machine.clock, results.at_prices
     if clock not in ("wall", None):
         caption = f"Priced: every forward costs what the cost table {clock} lists for it. Nothing is timed."
         return [caption, "", *arms_table(results.arms, results.references), *switching_table(results)]
@@ -206,10 +206,10 @@ def draw(results: Results, path: Path) -> None:
     """Draw the speed of every arm with its interval, and the choices of the learned arms by task or state of the
     link."""
     histograms = results.by_state or results.actions
-    heights = [1 + (0.5 if results.priced else 0.35) * len(results.arms), *[2.8] * len(histograms)]
+    heights = [1 + (0.5 if results.at_prices else 0.35) * len(results.arms), *[2.8] * len(histograms)]
     with drawn(path, 11, sum(heights)) as figure:
         axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        draw_arms(axes[0], results.arms, results.references[0], results.priced.arms if results.priced else {})
+        draw_arms(axes[0], results.arms, results.references[0], results.at_prices.arms if results.at_prices else {})
         void = "" if results.quiet else f"; timed on a busy machine ({results.twice()})"
         title = f"{results.prompts} held-out prompts, temperature {results.temperature:g}{void}"
         axes[0].set_title(title, fontsize=10)

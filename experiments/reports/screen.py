@@ -97,8 +97,8 @@ def trusted(results: Results) -> tuple[dict[str, Row], str]:
         return results.arms, f", priced by the cost table {results.machine.clock},"
     if results.quiet:
         return results.arms, ""
-    if results.priced:
-        return results.priced.arms, ", at this machine's cost curve (the timing is void, see below),"
+    if results.at_prices:
+        return results.at_prices.arms, ", at this machine's cost curve (the timing is void, see below),"
     return results.arms, ", timed under conditions that make the figures void (see below),"
 
 
@@ -122,7 +122,7 @@ def legend(results: Results) -> list[str]:
         )
         if results.static.copied:
             known[COPIES] += f" ({lengths_in_words(results.static.copied)})"
-    shown = {*results.arms, *(results.priced.arms if results.priced else ())}
+    shown = {*results.arms, *(results.at_prices.arms if results.at_prices else ())}
     return [f"{names}: {what}" for names, what in known.items() if names.partition(",")[0] in shown]
 
 
@@ -157,7 +157,7 @@ def to_do(results: Results, again: str) -> str:
     """Return what to do about timings that are void."""
     if results.quiet:
         return ""
-    instead = "Read the priced table, or time" if results.priced else "Time"
+    instead = "Read the priced table, or time" if results.at_prices else "Time"
     return f" {instead} again while the machine does nothing else: {again}"
 
 

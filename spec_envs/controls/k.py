@@ -257,16 +257,12 @@ class KControl(Control):
         return {"k": [k for k in candidates.KS if k <= self.k_max]}
 
     def static(self, *values: Setting) -> tuple[Control, Setting]:
-        return self._of_counters(), values[0]
+        return self.of_same_chains(observation="counters"), values[0]
 
-    def _of_counters(self) -> KControl:
-        """Return the control of the same chains for settings that look at nothing."""
-        return KControl(
-            self.k_max,
-            alternatives=self.alternatives,
-            alternative_chance=self.alternative_chance,
-            observation="counters",
-        )
+    def of_same_chains(self, **changes: Any) -> KControl:
+        """Return a control of chains as long and with the same alternatives, but for what ``changes`` give otherwise."""
+        own = {"alternatives": self.alternatives, "alternative_chance": self.alternative_chance}
+        return KControl(self.k_max, **{**own, **changes})
 
     def plans(self) -> Plans:
         if self.adjustment_interval:

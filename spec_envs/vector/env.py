@@ -224,14 +224,9 @@ class ReplayVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         )
         values = self._blank() | dict(done.details)
         values |= {"emitted": emitted, "accepted": accepted, "saved": emitted - self.plain[under_way.clock] * seconds}
-        values |= {
-            name: np.where(done.verified, n, 0)
-            for name, n in (
-                ("drafted", done.drafted),
-                ("verified", done.sent),
-                ("beside", np.maximum(0, accepted - (done.accepted - done.beside))),
-            )
-        }
+        beside = np.maximum(0, accepted - (done.accepted - done.beside))
+        counts = {"drafted": done.drafted, "verified": done.sent, "beside": beside}
+        values |= {name: np.where(done.verified, n, 0) for name, n in counts.items()}
         values["seconds"] |= {"draft": draft, "verify": done.verify, "policy": policy}
         self.brought = values
         self._end_cycles(np.flatnonzero(done.verified), accepted, emitted, finished, live)

@@ -51,8 +51,13 @@ def test_all_of_a_run_has_the_prices_of_its_trace(root: Path) -> None:
     run = root / "SpecDepth-v0" / "ppo-0"
     results, table = json.loads((run / "results.json").read_text()), CostTable.load(str(run / "clock.json"))
     assert table.curves == trace_in(root).costs().curves
-    assert {int(n): s for n, s in results["priced"]["costs"]["verify"].items()} == table.verify
-    assert "the run began" in results["priced"]["source"]
+    assert {int(n): s for n, s in results["at_prices"]["costs"]["verify"].items()} == table.verify
+    assert "the run began" in results["at_prices"]["source"]
+    for table_of, rows in (("live", results["arms"]), ("priced", results["at_prices"]["arms"])):
+        said = results[table_of]["ppo"]
+        assert [said[key] for key in ("over_static", "low", "high")] == list(rows["ppo"]["over_static"].values())
+        assert said["over_plain"] == rows["ppo"]["over_plain"]["value"] and isinstance(said["void"], bool)
+    assert not results["priced"]["ppo"]["void"]
 
 
 def test_static_settings_are_the_best_of_all_on_the_training_texts(root: Path) -> None:

@@ -14,7 +14,7 @@ from spec_envs.decoding import clock
 from spec_envs.decoding.clock import CostTable, Forward, WallClock
 from spec_envs.experiments.measure import arms
 from spec_envs.experiments.measure.live import decoder_for
-from spec_envs.experiments.measure.results import Results
+from spec_envs.experiments.measure.results import Results, Verdict
 from spec_envs.experiments.measure.static import static_policy
 from spec_envs.experiments.measure.statistics import with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
@@ -79,10 +79,15 @@ def test_wide_interval_that_contains_one_is_void(
     assert found.aa_check().endswith(reason) and reason in markdown(found)
     assert "VOID: an arm that was timed twice differs from itself" in markdown(found)
     assert "Read the priced table, or time again" in " ".join(screen(found, tmp_path, "again", None).split())
-    assert found.priced and found.priced.arms["plain again"].over["plain"].value == 1.0
+    assert found.at_prices and found.at_prices.arms["plain again"].over["plain"].value == 1.0
+    verdicts = found.verdicts()
+    static = found.arms["static"].over["plain"].value
+    assert verdicts["live"]["static"] == Verdict(1.0, 1.0, 1.0, static, True, found.aa_check())
+    assert not any(verdict.void or verdict.reason for verdict in verdicts["priced"].values())
 
 
 def test_narrow_interval_is_trusted(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found = measured(0.01, tiny, monkeypatch)
     assert all(ratio.low < 1 < ratio.high for ratio in found.again.values()) and found.quiet
     assert found.aa_check().endswith("contains 1, within ±5 %.") and "VOID" not in markdown(found)
+    assert not found.verdicts()["live"]["static"].void

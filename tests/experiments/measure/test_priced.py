@@ -69,14 +69,14 @@ def test_table_prices_its_own_arms_only(tiny: dict[str, Any]) -> None:
     said: list[str] = []
     costs = CostTable.load(tiny["clock"])
     found = run_tables(policies, env, decoder, 2, ["plain"], ["random"], {"other": other}, costs, said.append)
-    assert found.priced and set(found.priced.arms) == {"plain", "plain again", "random"}
-    assert found.priced.arms["plain again"].over["plain"].value == 1.0
-    assert found.priced.costs["verify"] == costs.verify and "the run began" in found.priced.source
+    assert found.at_prices and set(found.at_prices.arms) == {"plain", "plain again", "random"}
+    assert found.at_prices.arms["plain again"].over["plain"].value == 1.0
+    assert found.at_prices.costs["verify"] == costs.verify and "the run began" in found.at_prices.source
     assert len(said) == 1 and said[0].startswith("measuring 4 arms on 2 held-out prompts in turn (")
     without = run_tables(policies, env, decoder, 2, ["plain"], [], {})
-    assert without.priced and without.seconds and without.priced.costs["verify"] == without.seconds["verify"]
+    assert without.at_prices and without.seconds and without.at_prices.costs["verify"] == without.seconds["verify"]
     priced = decoder_for(tiny, control)
-    assert run_tables(policies, tiny | {"prompts": "gsm8k"}, priced, 2, ["plain"], []).priced is None
+    assert run_tables(policies, tiny | {"prompts": "gsm8k"}, priced, 2, ["plain"], []).at_prices is None
 
 
 def test_costs_of_a_run_are_used_on_its_machine_only(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def results(
         by_task={name: {"math": 100.0, "code": 100.0} for name in arms},
         divergences={name: Divergence(0.0, 0.0, 1.0) for name in ("plain", "ppo")},
         static=Best(best=[1, 7], tokens_per_second={"depth 1, budget 7": 2.0, "depth 2, budget 7": 1.0}),
-        priced=Priced(arms=same, costs=CURVES, source="measured when the run began") if priced else None,
+        at_prices=Priced(arms=same, costs=CURVES, source="measured when the run began") if priced else None,
     )
 
 
@@ -198,9 +198,9 @@ def test_results_survive_json_and_those_of_before_are_read(tmp_path: Path) -> No
     found = results()
     written = json.loads(json.dumps(to_json(found)))
     assert from_json(Results, written) == found
-    del written["priced"]
-    assert from_json(Results, written) == replace(found, priced=None)
-    for some in (found, replace(found, priced=None)):
+    del written["at_prices"]
+    assert from_json(Results, written) == replace(found, at_prices=None)
+    for some in (found, replace(found, at_prices=None)):
         draw(some, tmp_path / "results.png")
         assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 

@@ -97,6 +97,50 @@ def test_observation_per_cycle(pair: dict[str, Any]) -> None:
     assert len(chosen) > 3
 
 
+def test_alternatives_are_accepted_where_the_chain_is_rejected(pair: dict[str, Any]) -> None:
+    """They change no text; a cycle that accepts one emits it and one token more."""
+    emitted, texts = {}, {}
+    for alternatives in (0, 1, 3):
+        env = make(pair, alternatives=alternatives, alternative_chance=0.01)
+        env.reset(seed=1)
+        done, counts = False, []
+        while not done:
+            _, _, done, _, info = env.step(3)
+            counts.append((info["emitted"], info["beside"]))
+            last = env.decoder.cycles[-1]
+            assert info["accepted"] == last.accepted and last.verified <= 3 * (1 + alternatives)
+            assert last.emitted == last.accepted + 1 or done
+            if info["beside"]:
+                chain, place = last.nodes.tokens[: last.drafted], last.accepted - 1
+                assert last.tokens[place] != chain[place] and last.tokens[:place] == chain[:place].tolist()
+                assert last.nodes.path[-1] >= last.drafted
+        emitted[alternatives], texts[alternatives] = counts, env.decoder.tokens
+    assert texts[0] == texts[1] == texts[3]
+    assert len(emitted[3]) < len(emitted[0]) and not any(beside for _, beside in emitted[0])
+    assert 0 < sum(beside for _, beside in emitted[1]) <= sum(beside for _, beside in emitted[3])
+
+
+def test_unlikely_alternatives_are_not_verified(pair: dict[str, Any]) -> None:
+    verified = []
+    for chance in (0.01, 0.1, 0.9):
+        env = make(pair, alternative_chance=chance)
+        env.reset(seed=1)
+        env.step(3)
+        verified.append(env.decoder.cycles[-1].verified)
+    assert verified[0] > verified[1] >= verified[2] == 3
+
+
+def test_alternatives_are_of_this_process_and_of_single_cycles() -> None:
+    assert KControl().alternatives == 3 and KControl(adjustment_interval=8).alternatives == 0
+    assert KControl(engine="llama-server").alternatives == 0
+    with pytest.raises(ValueError, match="alternatives is 4; expected 0 to 3"):
+        KControl(alternatives=4)
+    with pytest.raises(ValueError, match="decided one by one; leave out adjustment_interval"):
+        KControl(alternatives=1, adjustment_interval=8)
+    with pytest.raises(ValueError, match=r"alternative_chance is 0; expected a number in \(0, 1\)"):
+        KControl(alternative_chance=0)
+
+
 def test_observation_per_token(pair: dict[str, Any]) -> None:
     """The first entries describe the current chain; the others stay as they were at the start of the cycle."""
     env = make(pair, decision="token", k_max=4)
