@@ -94,7 +94,7 @@ class Chains(Results):
 
 
 def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path) -> Chains:
-    """Measure all arms.
+    """Measure all arms, chains as they were published: no alternatives are verified beside them.
 
     Args:
         env: keyword arguments of all arms (target, drafter, dtype, …).
@@ -102,9 +102,10 @@ def compare_chains(env: Keywords, stanzas: Sequence[str], count: int, root: Path
         count: number of held-out prompts.
         root: folder of the run folders of trained agents.
     """
+    env = env | {"alternatives": 0}
     experiments = {name: experiment_for(name, env) for name in stanzas}
     shared = load_experiment(ID, "fixed").env | env
-    own = {"engine": env["engine"]} if "engine" in env else {}
+    own = {name: env[name] for name in ("engine", "alternatives") if name in env}
     models = in_words(shared, KControl(**own))
 
     def policies() -> dict[str, Policy]:

@@ -11,7 +11,7 @@ from spec_envs.agents.baselines.fixed import FixedAgent
 from spec_envs.controls import Control, Policy
 from spec_envs.controls.base import Setting
 from spec_envs.controls.candidates import START
-from spec_envs.controls.k import KControl
+from spec_envs.controls.k import KControl, chains_of
 from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import in_process
@@ -38,15 +38,14 @@ def static_policy(control: Control, values: Sequence[Setting]) -> Policy:
 
 
 def static_chain(k: int, k_max: int = 16) -> Policy:
-    """Return the policy that drafts and verifies ``k`` tokens in every cycle."""
-    return static_policy(KControl(k_max), (k,))
+    """Return the policy that drafts and verifies ``k`` tokens, and no alternatives, in every cycle."""
+    return static_policy(KControl(k_max, alternatives=0), (k,))
 
 
 def policy_by_copies(control: Control, lengths: Sequence[int]) -> Policy:
     """Return the policy that drafts the first length in cycles whose first token the draft model drafts, and the second
     one in those whose first token is a copy; ``control`` is of the same chains."""
-    assert isinstance(control, KControl)  # the only one of chains that may begin with copies
-    by_token = control.of_same_chains(decision="token")
+    by_token = chains_of(control, decision="token")
     k, k_copied = lengths
     return Policy(by_token, CopyKAgent(by_token, k=k, k_copied=k_copied))
 
@@ -111,9 +110,7 @@ def best_alone(trace: Trace, control: Control, table: CostTable, max_new_tokens:
 
 def without_alternatives(control: Control) -> Control | None:
     """Return the control of the same chains without the alternatives beside them; None where there are none."""
-    if isinstance(control, KControl) and control.alternatives:
-        return control.of_same_chains(alternatives=0, observation="counters")
-    return None
+    return chains_of(control, alternatives=0, observation="counters") if control.alternatives else None
 
 
 def best_by_copies(bounds: Bounds) -> list[int] | None:
@@ -137,10 +134,8 @@ def weighable(control: Control) -> bool:
 
 def pair_control(control: Control) -> Control:
     """Return the control of the same drafts whose static settings are all that the pair of models offers."""
-    if isinstance(control, KControl):
-        return control.static(0)[0]
     if control.width == 1:
-        return KControl(control.max_depth + 1, observation="counters")
+        return chains_of(control, observation="counters")
     return TreeControl(control.max_depth, control.width)
 
 

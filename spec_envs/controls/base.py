@@ -53,6 +53,8 @@ class Control(ABC):
         prunable: True if a cycle may verify only a part of what it drafted, which a chain that was sampled does not
             allow.
         engine: what decodes: ``"torch"`` or another name of ``controls.k.ENGINES``.
+        alternatives, alternative_chance: most alternatives that are verified beside each token of a chain, and the least
+            probability of one and of the tokens before it.
         trace_kind: kind of the traces that replay this problem, ``"tree"`` or ``"chain"``, or ``""`` if none does.
         progress: name of the observation's entry that shows how much of a cycle is drafted, where each level or token
             is a decision; ``""`` where a cycle is one decision.
@@ -75,6 +77,8 @@ class Control(ABC):
     temperature: ClassVar[float] = 0.0
     name: ClassVar[str] = ""
     trace_kind: ClassVar[str] = ""
+    alternatives: int = 0
+    alternative_chance: float = 0.04
     prunable: ClassVar[bool] = True
     progress: str = ""
     full_progress: int = 0

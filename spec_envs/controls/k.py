@@ -257,12 +257,7 @@ class KControl(Control):
         return {"k": [k for k in candidates.KS if k <= self.k_max]}
 
     def static(self, *values: Setting) -> tuple[Control, Setting]:
-        return self.of_same_chains(observation="counters"), values[0]
-
-    def of_same_chains(self, **changes: Any) -> KControl:
-        """Return a control of chains as long and with the same alternatives, but for what ``changes`` give otherwise."""
-        own = {"alternatives": self.alternatives, "alternative_chance": self.alternative_chance}
-        return KControl(self.k_max, **{**own, **changes})
+        return chains_of(self, observation="counters"), values[0]
 
     def plans(self) -> Plans:
         if self.adjustment_interval:
@@ -331,6 +326,13 @@ class KControl(Control):
 
     def _last_nodes(self, name: str) -> np.ndarray:
         return getattr(self.decided[-1].nodes, name) if self.decided else np.zeros(0)
+
+
+def chains_of(control: Control, **changes: Any) -> KControl:
+    """Return the control of chains as long as those of another one and with the same alternatives, but for what
+    ``changes`` give otherwise."""
+    own = {"alternatives": control.alternatives, "alternative_chance": control.alternative_chance}
+    return KControl(control.max_depth + 1, **{**own, **changes})
 
 
 def read_free(decoder: Decoder) -> float:

@@ -160,7 +160,8 @@ class Decoder(TextEngine):
         Args:
             budget: most candidates; of a chain its first ones.
             alternatives: of a draft model's chain, most tokens that are verified beside each of it, up to
-                ``ALTERNATIVES``. Where the target rejects a token for one of them, that is accepted.
+                ``ALTERNATIVES``; none over a network. Where the target rejects a token for one of them, that is
+                accepted.
             chance: least probability of such a token and those before it, in the drafter's own estimate.
 
         Raises:
@@ -176,7 +177,7 @@ class Decoder(TextEngine):
             raise ValueError(f"budget is {budget}, but {drafted} tokens were drawn; a drawn chain is verified whole")
         with self.clock.time("verify", selected + 1) as forward:
             tokens, parents, levels = self.tree.subtree(self.tree.select(selected))
-            if alternatives and selected and self.tree.width == 1:
+            if alternatives and selected and self.tree.width == 1 and not self.verifier.chains_only:
                 *further, _ = self.tree.beside(selected, alternatives, chance)
                 tokens, parents, levels = map(np.concatenate, zip((tokens, parents, levels), further, strict=True))
                 forward.rows = len(tokens) + 1

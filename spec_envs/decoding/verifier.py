@@ -52,8 +52,10 @@ class Verifier(Protocol):
         device, dtype: where and in what dtype the target computes, as tables report it.
         features: what the drafter reads of the rows that the last call committed, ``[rows, …]``.
         traffic: of the last call.
+        chains_only: True if it verifies no trees.
     """
 
+    chains_only: bool
     vocab: int
     context: int
     temperature: float
@@ -115,6 +117,7 @@ class LocalVerifier:
     """
 
     traffic = Traffic()
+    chains_only = False
 
     def __init__(self, target: Transformer, capture: Sequence[int] = (), temperature: float = 0.0, top_p: float = 1.0):
         check_sampling(temperature, top_p)

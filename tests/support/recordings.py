@@ -19,6 +19,7 @@ from tests.support.traced import CASES, costs_in
 if TYPE_CHECKING:
     from spec_envs.experiments.traces.plan import Plan
 
+PROMPTS = "mt_bench,gsm8k,cnndm,xsum,humaneval"
 TEXTS = (4, 1, 2)  # train, validation and test texts in the traces
 # Seconds of forwards in the first trace; those of others are multiples. Measuring them takes longer than recording does.
 COSTS = {"verify": {1: 1e-3, 50: 2e-3}, "draft": {1: 2e-4, 50: 4e-4}}
@@ -31,7 +32,7 @@ def plans(tiny: dict[str, Any], tiny_draft: Path, tiny_parallel: Path) -> dict[s
     # imported here, since most tests need nothing of the experiments
     from spec_envs.experiments.traces.plan import Plan
 
-    env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")}
+    env = {name: tiny[name] for name in ("target", "device", "dtype", "max_new_tokens")} | {"prompts": PROMPTS}
     trees = {"max_depth": 4, "width": 4}
     return {
         "tree": Plan("SpecDepth-v0", env | {"drafter": tiny["drafter"], **trees}, TEXTS),

@@ -16,8 +16,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "budget": ("SpecBudget-v0", "tree", {**TREE, "budgets": (0, 3, 30), "depth": 2}),
     "tree": ("SpecTree-v0", "tree", {**TREE, "budgets": (0, 2, 30)}),
     "one budget": ("SpecTree-v0", "tree", {**TREE, "budgets": (9,)}),
-    "k": ("SpecK-v0", "copies", {"k_max": 6}),
-    "token": ("SpecK-v0", "copies", {"k_max": 6, "decision": "token"}),
+    "k": ("SpecK-v0", "copies", {"k_max": 6, "alternatives": 0}),
+    "token": ("SpecK-v0", "copies", {"k_max": 6, "alternatives": 0, "decision": "token"}),
     "drafted": ("SpecK-v0", "chain", {"k_max": 6, "decision": "token"}),
 }
 # All drafter forwards cost the same, so their number gives their seconds.

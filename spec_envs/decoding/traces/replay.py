@@ -59,6 +59,7 @@ class ReplayVerifier:
     """The target's side: accepts what the recorded text has, and adds the token after it."""
 
     temperature, top_p, traffic = 0.0, 1.0, Traffic()
+    chains_only = False
 
     def __init__(self, trace: RecordedTexts):
         self.position = TracePosition(trace)

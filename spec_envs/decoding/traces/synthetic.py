@@ -183,6 +183,7 @@ class SyntheticVerifier:
     """Accepts the tokens of a chain up to the first wrong one."""
 
     context, temperature, top_p, traffic = CONTEXT, 0.0, 1.0, Traffic()
+    chains_only = True
 
     @property
     def device(self) -> torch.device:

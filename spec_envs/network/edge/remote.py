@@ -42,6 +42,7 @@ class RemoteVerifier:
     features = torch.empty(0)
     device = torch.device("cpu")
     dtype = "over a network"  # as tables report it
+    chains_only = True
 
     def __init__(
         self,

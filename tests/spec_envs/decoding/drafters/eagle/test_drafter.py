@@ -35,7 +35,7 @@ def test_vocabulary_includes_tokens_of_the_text(tiny_target: Path, tmp_path: Pat
         assert set(decoder.tree.tokens) <= set(vocabulary.ids)
         normed = torch.randn(2, target.shape.hidden)
         model = decoder.drafter.model  # type: ignore[union-attr]
-        tokens, log_probs, _, _ = model.children(normed, len(vocabulary.ids), vocabulary)
+        tokens, log_probs, *_ = model.children(normed, len(vocabulary.ids), vocabulary)
         expected = target.head.linear(model.norm(normed))[:, vocabulary.ids].log_softmax(-1)
         order = np.argsort(vocabulary.ids)
         for row in range(2):
