@@ -205,7 +205,6 @@ def test_trace_is_recorded_once(by_run: bool, plans: dict[str, Any], tmp_path: P
     root = runs if by_run else runs / "tune"
     trace = recorded_at_costs(plan, default_folder(plan, root))
     changes = [f"env.{key}={value}" for key, value in plan.env.items()] + [
-        "env.prompts=all",
         f"record={list(plan.texts)}".replace(" ", ""),
     ]
     changes += [f"hyperparameters.{key}={value}" for key, value in FEW_LESSONS.items()]
