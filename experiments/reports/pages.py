@@ -16,7 +16,7 @@ from spec_envs.agents import AGENTS
 from spec_envs.arguments import input_file, output_folder
 from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.machine import Machine
-from spec_envs.experiments.measure.results import COPIES, PAIR
+from spec_envs.experiments.measure.results import ALONE, COPIES, PAIR
 from spec_envs.files import read_json, whole, write_json
 
 R = TypeVar("R")
@@ -28,6 +28,7 @@ ARMS = {  # what an arm is, for the pages
     "and used in every cycle.",
     PAIR: "the best static setting of the pair of models, of all depths and budgets or chain lengths, whatever the environment "
     "lets its agent decide.",
+    ALONE: "the best length of chains alone, without the alternatives that are verified beside them.",
     COPIES: "the best two chain lengths, one for cycles whose first token is a copy and one for the others, chosen on training texts.",
     "static again": "the best static setting once more, for the A/A check as well.",
     "transformers generate": "`generate` of transformers on the same weights and device "

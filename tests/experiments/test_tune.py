@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def test_killed_training_of_a_trial_is_repeated(
 @pytest.mark.parametrize("by_run", [False, True])
 def test_trace_is_recorded_once(by_run: bool, plans: dict[str, Any], tmp_path: Path) -> None:
     """It is that of a run with the same settings, or lies beside the studies."""
-    plan = plans["copies"]
+    plan = replace(plans["copies"], env=plans["copies"].env | {"prompts": "all"})
     runs, folder = tmp_path / "runs", tmp_path / "runs" / "tune" / "SpecK-v0" / "hindsight"
     root = runs if by_run else runs / "tune"
     trace = recorded_at_costs(plan, default_folder(plan, root))
