@@ -205,7 +205,7 @@ class Priced:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a table says about an arm.
+    """The verdict of a table on an arm.
 
     Attributes:
         over_static, low, high: its throughput over that of the best static setting, and the bounds of the 95 % interval;
