@@ -20,7 +20,7 @@ class Lessons(NamedTuple):
     """Cycles that began, and all their possible outcomes.
 
     ``seen`` ``[n, levels, …]``: what is observed at each level of the cycle. ``accepted`` ``[n, plans]``: tokens, an
-    alternative beside a chain not counted, because agents that counted them were not better on real texts.
+    alternative beside a chain not counted.
     ``forwards`` ``[n, plans]``: forwards that the drafter makes after the cycle's first decision. ``begun`` ``[n]``:
     seconds that were spent before it.
     """
