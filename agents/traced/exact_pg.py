@@ -21,10 +21,11 @@ MEMORY = 0.98  # of the running sums of tokens and seconds, per step
 
 class ExactPGAgent(TracedAgent):
     """Trains a softmax policy by the exact policy gradient of a cycle's expected tokens less the worth of its seconds:
-    ∇ Σ P(plan) · (accepted + 1 − λ · seconds), the sum taken over all plans of the cycle.
+    ∇ Σ P(plan) · (cost · tokens − λ · seconds), the sum taken over all plans of the cycle. ``cost`` is what a
+    token costs at that place of the text, in units of the mean, so that what is summed are the seconds that are saved.
 
     P is the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance
-    but that of the cycles in a batch. λ, the worth of a second, is ΣE[N] / ΣE[T] so far (Dinkelbach 1967). The policy
+    but that of the cycles in a batch. λ, the worth of a second, is ΣE[cost · N] / ΣE[T] so far (Dinkelbach 1967). The policy
     is valid for the cost table that it was trained under. It is policy gradient (Williams 1992) where the expectation
     can be summed instead of sampled.
 
@@ -50,12 +51,9 @@ class ExactPGAgent(TracedAgent):
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
         """Run one round of policy-gradient ascent; yield the loss of each step."""
         table = env.cost_tables[0]
-        forward, verification = self.plans.forward(table), self.plans.verification(table)
-        seen, gained = torch.from_numpy(lessons.seen), torch.from_numpy(lessons.accepted + 1)
+        seen, gained = torch.from_numpy(lessons.seen), torch.from_numpy(lessons.worth)
         unread, late = self.plans.unread(lessons.seen[:, 0]), self.plans.catching_up(table)
-        seconds = (
-            lessons.begun[:, None] + lessons.forwards * forward + verification + late[np.arange(len(late)), unread]
-        )
+        seconds = lessons.seconds(self.plans.prices(table)) + late[np.arange(len(late)), unread]
         spent = torch.from_numpy(seconds.astype(np.float32))
         if not self.seconds:
             self.tokens, self.seconds = 1.0, table.seconds("verify", 1)

@@ -8,12 +8,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import poisson_nll_loss
 
 from spec_envs.agents.base import checked_control
 from spec_envs.agents.traced.base import TracedAgent, weighed
 from spec_envs.agents.traced.lessons import Lessons
 from spec_envs.agents.traced.outcomes import outcomes_of
 from spec_envs.controls.base import Control
+from spec_envs.controls.plans import Prices
 from spec_envs.decoding.clock import CostTable
 from spec_envs.vector.env import ReplayVectorEnv
 
@@ -24,9 +26,10 @@ UNIT = CostTable("a verification of one row", {1: 1.0}, {1: 0.1})
 
 class HindsightAgent(TracedAgent):
     """Predicts how many tokens A would be accepted under each plan that is still open (deeper trees, other budgets, longer
-    chains), and follows the one with the most A − λT, T being its remaining seconds under a cost table.
+    chains) and what a token costs at this place of the text, c, in units of the mean; and follows the plan with the
+    most cA − λT, T being its remaining seconds under a cost table.
 
-    λ is the throughput that the policy itself reaches, found by Dinkelbach's iteration (1967) on cycles that are kept
+    λ is the throughput that the policy itself reaches, with tokens weighed by c, found by Dinkelbach's iteration (1967) on cycles that are kept
     with the weights: another table needs another λ, not another training. ``price(table)`` sets it.
 
     A trace holds what every action would have led to, so nothing is explored: the network is fitted to all plans of
@@ -42,9 +45,10 @@ class HindsightAgent(TracedAgent):
     def __init__(self, control: Control, **hyperparameters: Any):
         self.outcomes = outcomes_of(weighed(checked_control(control, type(self).__name__)))
         super().__init__(
-            control, self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0, out=x)), **hyperparameters
+            control, 1 + self.outcomes.outputs, (nn.ReLU, lambda x: np.maximum(x, 0, out=x)), **hyperparameters
         )
         self.kept: Lessons | None = None
+        self.beside = (0.0, 0.0)  # ``caught`` and ``verified`` of the lessons
         self.table: CostTable | None = UNIT
         self.price(UNIT)
         self.decision_seconds = self.measure()
@@ -58,20 +62,20 @@ class HindsightAgent(TracedAgent):
         """Weigh plans under another cost table from now on."""
         self.table, self.catching_up = table, self.plans.catching_up(table)
         self.known.clear()
-        forward, verification = self.plans.forward(table), self.plans.verification(table)
-        self.pace = 1 / table.seconds("verify", 1)
-        self.outcomes.price(self.pace, forward, verification)
+        prices = self.plans.prices(table)
+        self._set_pace(1 / table.seconds("verify", 1), prices)
         if self.kept is None:
             return self
-        before = self.plans.before(table)
+        seconds = self.kept.seconds(prices) + self.plans.before(table) + self._late(self.kept.seen[:, 0])
         for _ in range(DINKELBACH):
-            plan = self._chosen(self.kept.seen)
-            late = np.broadcast_to(self._late(self.kept.seen[:, 0]), self.kept.accepted.shape)
-            begun = before + late[np.arange(len(plan)), plan]
-            tokens, seconds = self.kept._replace(begun=begun).outcome(plan, forward, verification)
-            self.pace = tokens.sum() / seconds.sum()
-            self.outcomes.price(self.pace, forward, verification)
+            chosen = np.arange(len(seconds)), self._chosen(self.kept.seen)
+            self._set_pace(self.kept.worth[chosen].sum() / seconds[chosen].sum(), prices)
         return self
+
+    def _set_pace(self, pace: float, prices: Prices) -> None:
+        """Weigh seconds by another λ."""
+        self.pace = pace
+        self.outcomes.price(pace, prices, *self.beside)
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         """Return the action for one observation, under the control's cost table unless ``price`` gave another.
@@ -104,13 +108,14 @@ class HindsightAgent(TracedAgent):
         return values
 
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
-        """Return the plan ``[n]`` with the most A − λT among those that are open."""
+        """Return the plan ``[n]`` with the most cA − λT among those that are open."""
         best: np.ndarray = self._worth(observations, level).argmax(1)
         return best
 
     def _worth(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
-        """Return A − λT of every plan ``[n, plans]``; see ``Outcomes.worth``."""
-        worth: np.ndarray = self.outcomes.worth(self.outputs(observations), level)
+        """Return cA − λT of every plan ``[n, plans]``; see ``Outcomes.worth``."""
+        predicted = self.outputs(observations)
+        worth: np.ndarray = self.outcomes.worth(predicted[:, 1:], level, np.exp(predicted[:, :1]))
         return worth - self.pace * self._late(observations)
 
     def _late(self, observations: np.ndarray) -> np.ndarray:
@@ -130,13 +135,18 @@ class HindsightAgent(TracedAgent):
         return chosen
 
     def fit(self, lessons: Lessons, new: Lessons, env: ReplayVectorEnv) -> Iterator[float]:
-        """Fit the network by cross-entropy over all open plans of all levels; yield the loss of each step."""
+        """Fit the network by cross-entropy over all open plans of all levels, weighed by what a token costs, and to that
+        cost by Poisson regression; yield the loss of each step."""
         seen = torch.from_numpy(lessons.seen[..., : self.width])
-        accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
+        accepted, forwards, cost = map(torch.from_numpy, (lessons.accepted, lessons.forwards, lessons.cost))
         optimizer, schedule = self.optimizer()
+        shallow = 1 / (1.0 + torch.arange(seen.shape[1]))[:, None]  # as in ``Outcomes.loss``
         for _ in range(self.settings.steps):
             batch = torch.randint(len(seen), (self.settings.batch_size,))
-            loss = self.outcomes.loss(self.network(seen[batch]), accepted[batch], forwards[batch])
+            predicted, costs = self.network(seen[batch]), cost[batch, None, None]
+            loss = self.outcomes.loss(predicted[..., 1:], accepted[batch], forwards[batch], costs)
+            errors = poisson_nll_loss(predicted[..., :1], costs.expand(-1, predicted.shape[1], -1), reduction="none")
+            loss = loss + (shallow * errors).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -144,7 +154,8 @@ class HindsightAgent(TracedAgent):
             yield loss.item()
         self._unpack()
         some = np.random.default_rng(self.settings.seed).permutation(len(new.begun))[:KEPT]
-        self.kept = Lessons(*(column[some] for column in new._replace(seen=new.seen[..., : self.width])))
+        kept = new._replace(seen=new.seen[..., : self.width], begun=np.zeros(len(new.begun)))
+        self.kept, self.beside = Lessons(*(column[some] for column in kept)), (lessons.caught, lessons.verified)
         self.price(env.cost_tables[0])
 
     def state(self) -> dict[str, np.ndarray]:
@@ -163,10 +174,15 @@ class HindsightAgent(TracedAgent):
             "seen": self.kept.seen.astype(np.float16),
             "accepted": self.kept.accepted.astype(np.int16),
             "forwards": self.kept.forwards.astype(np.int16),
+            "beside": self.kept.beside.astype(np.int16),
+            "further": self.kept.further.astype(np.int16),
+            "cost": self.kept.cost.astype(np.float16),
+            "alternatives": np.array(self.beside, np.float32),
         }
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Restore what ``state`` returned."""
         self.describe(int(state["block"]) if "block" in state else None, int(state.get("copied", 0)))
-        seen, accepted, forwards = (state[name].astype(np.float32) for name in ("seen", "accepted", "forwards"))
-        self.kept, self.table = Lessons(seen, accepted, forwards, np.zeros(len(seen))), None
+        kept = {name: state[name].astype(np.float32) for name in Lessons._fields if name in state}
+        self.kept, self.table = Lessons(**kept, begun=np.zeros(len(kept["seen"]))), None
+        self.beside = tuple(state["alternatives"].tolist())

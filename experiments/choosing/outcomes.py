@@ -77,7 +77,7 @@ class Outcomes:
             own, cycles = slice(1 + i * sizes, 1 + (i + 1) * sizes), drafter.cycles
             self.who[own] = reader = reading.index(drafter)
             self.draft[reader] = prices([table], f"{DRAFTER}{drafter.name}", most)[0]
-            self.fixed[:, own] += cycles.further(self.draft[None, reader])[0][:, drafter.plans]
+            self.fixed[:, own] += cycles.later(self.draft[None, reader])[0][:, drafter.plans]
             self.asked[:, own], self.read[:, own] = cycles.asked[:, drafter.plans], cycles.read[:, drafter.plans]
             self.copied[:, own], self.right[:, own] = cycles.first[:, None], cycles.right[:, None]
 

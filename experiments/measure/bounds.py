@@ -56,7 +56,7 @@ class Bounds:
         verify = prices([self.table], "verify", int(cycles.nodes.max()) + 1)[0]
         self.accepted = cycles.accepted.astype(np.int64)
         rows, shape = self.trace.rows, self.accepted.shape
-        self.further = np.broadcast_to(cycles.further(self.draft[None])[0], shape)
+        self.further = np.broadcast_to(cycles.later(self.draft[None])[0], shape)
         self.verify = np.broadcast_to(verify[cycles.nodes + 1], shape)
         self.asked, self.read = np.broadcast_to(cycles.asked, shape), np.broadcast_to(cycles.read, shape)
         self.begins_with_copy = cycles.copied.reshape(rows, -1)[:, 0]

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.full_trees import level_slice
+
+
+class Prices(NamedTuple):
+    """Seconds under a cost table: of drafting a further level or token, of verifying each plan's nodes ``[plans]``, and of
+    verifying one alternative more beside a chain."""
+
+    forward: float
+    verification: np.ndarray
+    alternative: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +150,13 @@ class Plans:
     def forward(self, table: CostTable) -> float:
         """Return the seconds of drafting a further level or token."""
         return table.seconds("draft", self.width) if self.block is None else 0.0
+
+    def prices(self, table: CostTable) -> Prices:
+        """Return the prices of the plans. An alternative costs what a row more does beside chains of up to half of the
+        longest."""
+        half = 1 + self.deepest // 2
+        rows = table.seconds("verify", 1 + half) - table.seconds("verify", 2)
+        return Prices(self.forward(table), self.verification(table), rows / max(1, half - 1))
 
     def catching_up(self, table: CostTable) -> np.ndarray:
         """Return by how many seconds the first forward of each plan costs more if its drafter has not read that many

@@ -51,7 +51,7 @@ class ArmTable:
         accepted, nodes: ``[rows, actions]``, tokens of the text among the verified nodes, and how many are verified.
         drafted: ``[rows, actions]``, nodes drafted.
         forwards: ``[1, actions]``, 0, because drafters differ in what a forward costs.
-        beside: ``[1, actions]``, 0, because no alternatives are verified beside chains.
+        further, beside: ``[1, actions]``, 0, because no alternatives are verified beside chains.
     """
 
     def __init__(self, trace: PortfolioTrace, control: DrafterControl):
@@ -64,4 +64,4 @@ class ArmTable:
             own = slice(1 + i * sizes, 1 + (i + 1) * sizes)
             for name in ("accepted", "nodes", "drafted"):
                 getattr(self, name)[:, own] = getattr(drafter.cycles, name)[:, drafter.plans]
-        self.forwards = self.beside = np.zeros((1, shape[1]), np.int64)
+        self.forwards = self.further = self.beside = np.zeros((1, shape[1]), np.int64)

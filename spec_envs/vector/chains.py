@@ -62,7 +62,7 @@ class Chains:
         longest = trace.manifest.max_new_tokens + k_max + 1  # all of them copied, and read by no forward so far
         self.forward = prices(tables, "draft", longest)
         self.verification = prices(tables, "verify", int(cycles.nodes.max()) + 1)
-        self.further = cycles.further(self.forward)
+        self.further = cycles.later(self.forward)
         lengths = np.array([len(text.prompt) for text in trace.texts])
         self.text_of = np.repeat(np.arange(len(lengths)), np.diff(trace.starts))
         self.kinds = kinds(trace) if "kind" in slices else None

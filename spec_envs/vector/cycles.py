@@ -31,6 +31,7 @@ class CycleTable:
         sizes: ``[sizes]``, the different sizes of the plans.
         accepted: ``[rows, plans]``, tokens of the text among the verified nodes.
         drafted, nodes: ``[rows, plans]``, nodes drafted, and how many are verified, the alternatives of a chain included.
+        further: ``[rows, plans]``, alternatives beside a chain that are verified.
         beside: ``[rows, plans]``, 1 where the last accepted token is not of a chain but an alternative beside it.
         asked: ``[rows, plans]``, True if the drafter makes a forward.
         forwards: ``[rows, plans]``, forwards after the first decision.
@@ -71,7 +72,7 @@ class CycleTable:
             self.accepted[:, i] = ((at >= 0) & (at < budget)).sum(1)
         self.drafted = np.take_along_axis(reached, drafted, 1)
         self.nodes = np.minimum(self.drafted, plans.budgets)
-        self.beside = np.broadcast_to(np.int64(0), self.drafted.shape)
+        self.further = self.beside = np.broadcast_to(np.int64(0), self.drafted.shape)
         self.asked = np.broadcast_to(~self.copied[:, None], self.drafted.shape)
         further = np.maximum(0, plans.sizes - plans.first) if plans.stepwise else np.zeros(len(plans.sizes), np.int64)
         block = self.trace.manifest.rows_of_block(self.control.max_depth)
@@ -87,8 +88,8 @@ class CycleTable:
         length = np.minimum(columns["length"], k_max).astype(np.int64)
         self.right = np.minimum(columns["right"], length).astype(np.int64)
         self.drafted = np.minimum(length[:, None], self.plans.sizes)
-        further, self.beside = self._alternatives()
-        self.nodes = self.drafted + further
+        self.further, self.beside = self._alternatives()
+        self.nodes = self.drafted + self.further
         self.accepted = np.minimum(self.right[:, None], self.plans.sizes) + self.beside
         self.copied = copied_tokens(self.trace, k_max)
         asked = ~self.copied & (np.arange(k_max) < length[:, None])
@@ -124,7 +125,7 @@ class CycleTable:
         caught = found.any(1) & (following < ends)
         return np.take_along_axis(verified, self.drafted, 1), caught[:, None] & (self.right[:, None] < self.drafted)
 
-    def further(self, draft: np.ndarray) -> np.ndarray:
+    def later(self, draft: np.ndarray) -> np.ndarray:
         """Return the seconds of a cycle's forwards after its first one, ``[tables, rows, plans]``.
 
         Args:

@@ -48,7 +48,7 @@ class Drafters:
         blocks = max(int(drafter.cycles.first.max()) for drafter in self.drafters)
         self.forward = [prices(tables, name, max(longest + blocks, self.control.width)) for name in named]
         self.further = [
-            None if drafter.trees else drafter.cycles.further(forward)
+            None if drafter.trees else drafter.cycles.later(forward)
             for drafter, forward in zip(self.drafters, self.forward, strict=True)
         ]
         self.verification = prices(tables, "verify", largest + 1)
