@@ -17,6 +17,7 @@ from spec_envs.agents.traced.outcomes import ChainOutcomes, TreeOutcomes
 from spec_envs.controls import make_control
 from spec_envs.controls.depth import DepthControl
 from spec_envs.controls.k import KControl
+from spec_envs.controls.plans import Prices
 from spec_envs.decoding.traces.full_trees import level_slice
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.config import load_experiment
@@ -97,31 +98,40 @@ def rows_beside(infos: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize("case", CASES)
 def test_lessons_equal_outcomes_in_environment(case: str, vectors: dict[str, ReplayVectorEnv]) -> None:
     env, found = copy.deepcopy(vectors[case]), control_of(case).plans()
-    forward, verification = found.forward(TABLE), found.verification(TABLE)
+    prices = found.prices(TABLE)
     observations, _ = env.reset(seed=0)
     begins, rng, everywhere, cycles = np.ones(8, bool), np.random.default_rng(0), np.arange(8), 0
     for _ in range(12):
         if begins.all():
             lessons = lessons_of(env, found, observations, everywhere)
+            seconds = lessons.seconds(prices._replace(alternative=0.0))
             for plan in np.flatnonzero(found.sizes >= found.first):
                 branch, seen, alive, level = copy.deepcopy(env), observations, np.ones(8, bool), found.first
-                spent, brought, worth = np.zeros(8), np.zeros(8), np.zeros(8)
+                spent, brought, beside, further, verifying = np.zeros((5, 8))
                 while alive.any():
                     at = np.full(8, level if found.stepwise else 0)
                     np.testing.assert_allclose(seen[alive], lessons.seen[alive, at[0]], atol=1e-6)
                     seen, infos = branch.step(found.actions(at, np.full(8, plan)))[0], branch.brought
                     spent += alive * infos["seconds"]["draft"]
                     ended = alive & (infos["emitted"] > 0)
-                    of_chain = infos["emitted"] - infos["beside"]
                     alone = infos["seconds"]["verify"] - rows_beside(infos)
-                    brought[ended], worth[ended] = of_chain[ended], alone[ended]
+                    more = infos["verified"] - np.minimum(infos["drafted"], found.budgets[plan])
+                    for kept, column in (
+                        (brought, infos["emitted"]),
+                        (beside, infos["beside"]),
+                        (further, more),
+                        (verifying, alone),
+                    ):
+                        kept[ended] = column[ended]
                     alive &= ~ended
                     level += 1
-                np.testing.assert_array_equal(lessons.accepted[:, plan], brought - 1)
-                np.testing.assert_allclose(lessons.begun + lessons.forwards[:, plan] * forward, spent, atol=1e-6)
-                tokens, seconds = lessons.outcome(np.full(8, plan), forward, verification)
-                np.testing.assert_array_equal(tokens, brought)
-                np.testing.assert_allclose(seconds, spent + worth, atol=1e-6)
+                np.testing.assert_array_equal(lessons.accepted[:, plan] + lessons.beside[:, plan], brought - 1)
+                np.testing.assert_array_equal(lessons.worth[:, plan], brought)
+                np.testing.assert_array_equal(lessons.beside[:, plan], beside)
+                np.testing.assert_array_equal(lessons.further[:, plan], further)
+                drafting = lessons.begun + lessons.forwards[:, plan] * prices.forward
+                np.testing.assert_allclose(drafting, spent, atol=1e-6)
+                np.testing.assert_allclose(seconds[:, plan], spent + verifying, atol=1e-6)
             cycles += 1
         # all environments follow one plan, so that their cycles end together
         plan = rng.choice(np.flatnonzero(found.sizes >= found.first))
@@ -141,17 +151,25 @@ def test_chain_outcomes_follow_from_hazards() -> None:
     odds = lambda p: np.log(np.array(p) / (1 - np.array(p)))  # noqa: E731
     # alive; accepted 1, 2, 3; copied 1, 2, 3
     predicted = odds([[0.9, 0.8, 0.5, 0.4, 0.7, 0.6, 0.2]]).astype(np.float32)
+    cost = np.array([[1.5]], np.float32)  # of a token
     for forward, verification in ((0.0, np.zeros(4)), (0.25, np.array([1.0, 1.5, 1.75, 3.0]))):
-        found.price(0.5, forward, verification)
+        found.price(0.5, Prices(forward, verification, 0.1), 0.0, 0.0)
         paid = [0, 0.3, 0.3 + 0.4, 0.3 + 0.4 + 0.8]
-        worth = found.worth(predicted, np.array([0]))[0] + 0.5 * (forward * np.array(paid) + verification)
-        np.testing.assert_allclose(worth - worth[0], [0, 0.8, 0.8 + 0.4, 0.8 + 0.4 + 0.16], atol=1e-5)
+        worth = found.worth(predicted, np.array([0]), cost)[0] + 0.5 * (forward * np.array(paid) + verification)
+        np.testing.assert_allclose(worth - worth[0], 1.5 * np.array([0, 0.8, 0.8 + 0.4, 0.8 + 0.4 + 0.16]), atol=1e-5)
         paid = [0, 0.4, 0.4 + 0.8]
-        worth = found.worth(predicted, np.array([1]))[0]
+        worth = found.worth(predicted, np.array([1]), cost)[0]
         assert worth[0] == -np.inf
         worth = worth[1:] + 0.5 * (forward * np.array(paid) + verification[1:])
-        np.testing.assert_allclose(worth - worth[0], [0, 0.9 * 0.5, 0.9 * 0.5 + 0.9 * 0.5 * 0.4], atol=1e-5)
-        assert np.isfinite(found.worth(predicted, np.array([3]))).tolist() == [[False, False, False, True]]
+        np.testing.assert_allclose(
+            worth - worth[0], 1.5 * np.array([0, 0.9 * 0.5, 0.9 * 0.5 + 0.9 * 0.5 * 0.4]), atol=1e-5
+        )
+        assert np.isfinite(found.worth(predicted, np.array([3]), cost)).tolist() == [[False, False, False, True]]
+    found.price(0.5, Prices(0.0, np.zeros(4), 0.1), 0.25, 2.0)  # a quarter of wrong tokens is caught by one of two
+    worth = found.worth(predicted, np.array([0]), cost)[0]
+    caught = 0.25 * np.array([0.2 * 0.3, 0.8 * 0.5 * 0.4, 0.4 * 0.6 * 0.8]).cumsum()
+    gained = 1.5 * (np.array([0.8, 1.2, 1.36]) + caught) - 0.5 * 0.1 * 2 * np.array([0.3, 0.3 + 0.4, 0.3 + 0.4 + 0.8])
+    np.testing.assert_allclose(worth[1:] - worth[0], gained, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["token", "depth", "tree", "budget"])
@@ -161,22 +179,24 @@ def test_maximum_likelihood_gives_mean_outcomes(case: str, vectors: dict[str, Re
     outcomes = ChainOutcomes(plans) if plans.chain else TreeOutcomes(plans)
     lessons = random_lessons(vectors[case], control_of(case))
     accepted, forwards = torch.from_numpy(lessons.accepted), torch.from_numpy(lessons.forwards)
+    every = np.random.default_rng(0).choice([0.5, 2.0], len(accepted)).astype(np.float32)
+    weight = torch.from_numpy(every)[:, None, None]
     predicted = torch.zeros(1, plans.levels, outcomes.outputs, requires_grad=True)
     optimizer = torch.optim.Adam([predicted], 0.1)
     for _ in range(600):
         optimizer.zero_grad()
-        loss = outcomes.loss(predicted.expand(len(accepted), -1, -1), accepted, forwards)
+        loss = outcomes.loss(predicted.expand(len(accepted), -1, -1), accepted, forwards, weight)
         loss.backward()
         optimizer.step()
     verification = np.linspace(1, 2, len(plans.sizes))
     for forward in (0.0, 0.3):
-        outcomes.price(0.5, forward, verification)
+        outcomes.price(0.5, Prices(forward, verification, 0.0), 0.0, 0.0)
         for level in range(plans.first, min(plans.levels, plans.first + 3)):
-            worth = outcomes.worth(predicted[0, [level]].detach().numpy(), np.array([level]))[0]
+            worth = outcomes.worth(predicted[0, [level]].detach().numpy(), np.array([level]), np.ones((1, 1)))[0]
             opened = plans.open(np.array([level]))[0]
             assert (np.isfinite(worth) == opened).all()
             ahead = np.maximum(0, lessons.forwards - lessons.forwards[:, [opened.argmax()]])
-            means = (lessons.accepted - 0.5 * (ahead * forward + verification)).mean(0)
+            means = np.average(lessons.accepted - 0.5 * (ahead * forward + verification), 0, every)
             np.testing.assert_allclose((worth - worth.max())[opened], (means - means[opened].max())[opened], atol=0.02)
 
 
