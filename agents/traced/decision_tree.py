@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from annotated_types import Ge, Le
 from pydantic import Field
-from torch import Tensor
 
 from spec_envs import agents
 from spec_envs.agents.base import Agent
@@ -22,93 +21,10 @@ from spec_envs.agents.timing import REPEATS, cold_seconds, priced
 from spec_envs.agents.traced.base import FILE, TracedAgent, weighed
 from spec_envs.agents.traced.hindsight import HindsightAgent
 from spec_envs.agents.traced.lessons import replay_of
+from spec_envs.agents.traced.nodes import KINDS, LEAF, Nodes
 from spec_envs.controls.base import Control, layout
 from spec_envs.sealed import number_of, read_weights, write_weights
 from spec_envs.vector.env import ReplayVectorEnv
-
-LEAF, MIXED = -1, -1  # the feature of a leaf; the action of a node below which several are decided
-LEAST = 1e-6  # weight of a decision on which nothing depends, so that there is a tree where none matters
-KINDS = {
-    "feature": torch.int32,
-    "threshold": torch.float64,
-    "left": torch.int32,
-    "right": torch.int32,
-    "action": torch.int32,
-}
-
-
-class Nodes(NamedTuple):
-    """The nodes of a decision tree, the root first and each before those below it.
-
-    ``feature``: index of the observation's number that is compared; ``LEAF`` where nothing is. ``threshold``: the
-    largest number that leads to the node ``left``; larger ones lead to ``right``. ``action``: what a leaf decides.
-    """
-
-    feature: list[int]
-    threshold: list[float]
-    left: list[int]
-    right: list[int]
-    action: list[int]
-
-    @classmethod
-    def path(cls, comparisons: int) -> Self:
-        """Return a tree that makes so many comparisons and then decides for the action 0, whatever it sees."""
-        following = [*range(1, comparisons + 1), 0]
-        levels = comparisons + 1
-        return cls([0] * comparisons + [LEAF], [0.0] * levels, following, following, [0] * levels)
-
-    @classmethod
-    def fitted(cls, found: Any) -> Self:
-        """Return the nodes of a ``DecisionTreeClassifier``, without comparisons after which both sides decide alike."""
-        tree, action = found.tree_, found.classes_[found.tree_.value[:, 0].argmax(1)].tolist()
-        left, right = tree.children_left.tolist(), tree.children_right.tolist()
-        for node in reversed(range(len(action))):  # children come after their parent
-            if left[node] != LEAF and action[left[node]] == action[right[node]]:
-                action[node] = action[left[node]]
-            elif left[node] != LEAF:
-                action[node] = MIXED
-        kept, below = [], [0]
-        while below:
-            kept.append(node := below.pop())
-            if action[node] == MIXED:
-                below += (right[node], left[node])
-        place = {node: i for i, node in enumerate(kept)}
-        return cls(
-            [int(tree.feature[node]) if action[node] == MIXED else LEAF for node in kept],
-            [float(tree.threshold[node]) if action[node] == MIXED else 0.0 for node in kept],
-            [place.get(left[node], 0) for node in kept],
-            [place.get(right[node], 0) for node in kept],
-            [action[node] for node in kept],
-        )
-
-    @classmethod
-    def checked(cls, tensors: dict[str, Tensor], numbers: int, actions: int) -> Self:
-        """Return the nodes in the tensors of a file.
-
-        Args:
-            numbers: length of an observation.
-            actions: number of actions.
-
-        Raises:
-            ValueError: arrays that are no tree about such observations and actions.
-        """
-        kinds = {name: tensor.dtype for name, tensor in tensors.items()}
-        if kinds != KINDS or len({tensor.shape for tensor in tensors.values()}) != 1 or tensors["feature"].dim() != 1:
-            raise ValueError(f"it does not hold the arrays {', '.join(KINDS)} of a tree, all of one length")
-        feature, threshold, left, right, action = (tensors[name].numpy() for name in cls._fields)
-        count, place, inner = len(feature), np.arange(len(feature)), feature != LEAF
-        if not count:
-            raise ValueError("its tree has no nodes")
-        for name, column, fits, expected in (
-            ("feature", feature, (feature >= LEAF) & (feature < numbers), f"{LEAF} to {numbers - 1}"),
-            ("threshold", threshold, np.isfinite(threshold), "a finite number"),
-            ("left", left, ~inner | ((left > place) & (left < count)), f"a later node, at most {count - 1}"),
-            ("right", right, ~inner | ((right > place) & (right < count)), f"a later node, at most {count - 1}"),
-            ("action", action, inner | ((action >= 0) & (action < actions)), f"0 to {actions - 1}"),
-        ):
-            if not fits.all():
-                raise ValueError(f"{name} of node {fits.argmin()} is {column[fits.argmin()]}, expected {expected}")
-        return cls(*(column.tolist() for column in (feature, threshold, left, right, action)))
 
 
 class Labelled(NamedTuple):
@@ -181,11 +97,7 @@ class DecisionTreeAgent(Agent):
 
     def decide(self, observation: np.ndarray, state: Any, start: bool, deterministic: bool) -> tuple[Any, Any]:
         """Return the action for one observation; nothing is drawn."""
-        feature, threshold, left, right, action = self.nodes
-        node = 0
-        while (number := feature[node]) != LEAF:
-            node = left[node] if observation.item(number) <= threshold[node] else right[node]
-        return action[node], state
+        return self.nodes.decide(observation), state
 
     def learn(self, total_timesteps: int, env: gym.Env | ReplayVectorEnv, run: Run | None = None) -> Self:
         """Train the teacher, unless it is a finished run, and distil it. Learning takes seconds and starts over if it was
@@ -224,11 +136,12 @@ class DecisionTreeAgent(Agent):
         """Return the trained teacher, under the prices of the environments."""
         name = self.settings.teacher
         if name in agents.AGENTS:
-            return agents.AGENTS[name](control=self.control, seed=self.settings.seed).learn(0, env)
-        control, teacher = agents.load(name)
-        self.control.check_layout(control, f"the teacher {name}")
+            teacher: Agent = agents.AGENTS[name](control=self.control, seed=self.settings.seed).learn(0, env)
+        else:
+            control, teacher = agents.load(name)
+            self.control.check_layout(control, f"the teacher {name}")
         if isinstance(teacher, HindsightAgent):
-            teacher.price(env.cost_tables[0])
+            teacher.price(env.cost_tables[0]).nodes = None  # its network teaches
         return teacher
 
     def _labelled(self, env: ReplayVectorEnv, teacher: Agent, actor: Agent, seed: int) -> Labelled:
@@ -300,8 +213,4 @@ class DecisionTreeAgent(Agent):
 def stakes(teacher: Agent, observations: np.ndarray) -> np.ndarray:
     """Return by how much the best action is worth more than the second best, ``[n]``; 1 where the teacher does not value
     actions."""
-    if not isinstance(teacher, HindsightAgent):
-        return np.ones(len(observations))
-    best = np.sort(teacher.values(observations), 1)[:, -2:]
-    found: np.ndarray = LEAST + np.nan_to_num(best[:, -1] - best[:, 0], posinf=0.0)  # infinite: only one is open
-    return found
+    return teacher.stakes(observations) if isinstance(teacher, HindsightAgent) else np.ones(len(observations))

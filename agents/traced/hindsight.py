@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
+from pydantic import Field
 from torch import nn
 from torch.nn.functional import poisson_nll_loss
 
 from spec_envs.agents.base import checked_control
+from spec_envs.agents.timing import priced
 from spec_envs.agents.traced.base import TracedAgent, weighed
 from spec_envs.agents.traced.lessons import Lessons
+from spec_envs.agents.traced.nodes import Nodes
 from spec_envs.agents.traced.outcomes import outcomes_of
 from spec_envs.controls.base import Control
 from spec_envs.controls.plans import Prices
 from spec_envs.decoding.clock import CostTable
 from spec_envs.vector.env import ReplayVectorEnv
 
-KEPT = 512  # cycles that are kept to find the pace of a cost table by
+KEPT = 512  # cycles that are kept to find the pace of a cost table by, and to distil the decisions from
+LEAST = 1e-6  # weight of a decision on which nothing depends, so that there is a tree where none matters
 DINKELBACH = 12  # iterations, of which a few are enough
 UNIT = CostTable("a verification of one row", {1: 1.0}, {1: 0.1})
 
@@ -36,10 +41,21 @@ class HindsightAgent(TracedAgent):
     every cycle at once, by the likelihood of their outcomes. While a cycle continues the agent
     predicts again, so that it stops where its first plan turns out too hopeful.
 
+    It decides by a decision tree that imitates its network on the cycles that are kept, each
+    decision weighing as much as the best action is worth more than the second best (VIPER, Bastani et al. 2018, arXiv
+    1805.08328). The tree takes a fraction of the network's time, and is fitted anew under every cost table; with
+    ``comparisons=0`` the network decides.
+
     Args:
         control, hyperparameters: those of ``TracedAgent``.
     """
 
+    class Settings(TracedAgent.Settings):
+        comparisons: Annotated[int, Ge(0), Le(32)] = Field(
+            6, description="most comparisons of a decision by a tree that imitates the network; 0: the network decides"
+        )
+
+    settings: Settings
     needs_costs = True
 
     def __init__(self, control: Control, **hyperparameters: Any):
@@ -50,6 +66,7 @@ class HindsightAgent(TracedAgent):
         self.kept: Lessons | None = None
         self.beside = (0.0, 0.0)  # ``caught`` and ``verified`` of the lessons
         self.table: CostTable | None = UNIT
+        self.nodes = Nodes.path(self.settings.comparisons) if self.settings.comparisons else None
         self.price(UNIT)
         self.decision_seconds = self.measure()
         self.table = None
@@ -70,7 +87,18 @@ class HindsightAgent(TracedAgent):
         for _ in range(DINKELBACH):
             chosen = np.arange(len(seconds)), self._chosen(self.kept.seen)
             self._set_pace(self.kept.worth[chosen].sum() / seconds[chosen].sum(), prices)
+        if self.nodes:
+            self.nodes = self._distilled(self.kept.seen)
         return self
+
+    def _distilled(self, seen: np.ndarray) -> Nodes:
+        """Return a tree that decides like the network in cycles ``[n, levels, …]``, as far as it drafts in them."""
+        from sklearn.tree import DecisionTreeClassifier  # imported here, because it takes a second
+
+        level, size = np.arange(seen.shape[1]), self.plans.sizes[self._chosen(seen)][:, None]
+        met = seen[(level >= self.plans.first) & (level <= size) if self.plans.stepwise else level >= 0 * size]
+        tree = DecisionTreeClassifier(max_depth=self.settings.comparisons, random_state=self.settings.seed)
+        return Nodes.fitted(tree.fit(met, self.actions(met), sample_weight=self.stakes(met)))
 
     def _set_pace(self, pace: float, prices: Prices) -> None:
         """Weigh seconds by another λ."""
@@ -90,6 +118,8 @@ class HindsightAgent(TracedAgent):
                     "price(table)"
                 )
             self.price(self.control.costs)
+        if self.nodes:
+            return self.nodes.decide(observation), state
         return super().decide(observation, state, start, deterministic)
 
     def actions(self, observations: np.ndarray) -> np.ndarray:
@@ -106,6 +136,17 @@ class HindsightAgent(TracedAgent):
         values = np.full((len(worth), int(self.control.action_space.n)), -np.inf)
         np.maximum.at(values, (np.arange(len(worth))[:, None], follows), worth)
         return values
+
+    def stakes(self, observations: np.ndarray) -> np.ndarray:
+        """Return by how much the best action is worth more than the second best, ``[n]``."""
+        best = np.sort(self.values(observations), 1)[:, -2:]
+        found: np.ndarray = LEAST + np.nan_to_num(best[:, -1] - best[:, 0], posinf=0.0)  # infinite: only one is open
+        return found
+
+    @property
+    def priced_seconds(self) -> float:
+        """Seconds of the longest decision by the tree, or else of one by the network, under a cost table."""
+        return priced(comparisons=self.settings.comparisons) if self.nodes else super().priced_seconds
 
     def _best(self, observations: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Return the plan ``[n]`` with the most cA − λT among those that are open."""

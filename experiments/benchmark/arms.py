@@ -154,7 +154,8 @@ def arm_of(name: str, env_id: str) -> TrainedArm:
     if name in ARMS:
         return ARMS[name]
     stanza = load_experiment(env_id, name)
-    return TrainedArm(stanza.agent, ENVS, {"episode": "cycle"}, stanza.hyperparameters)
+    episode = stanza.env.get("episode", "prompt")
+    return TrainedArm(stanza.agent, ENVS, {"episode": episode}, stanza.hyperparameters)
 
 
 def train(problem: Problem, arm: str, seed: int, steps: int, folder: str, texts: int | None = None) -> Training:

@@ -17,8 +17,9 @@ from spec_envs import agents
 from spec_envs.agents import AGENTS
 from spec_envs.agents.run import Run
 from spec_envs.agents.traced.base import FILE
-from spec_envs.agents.traced.decision_tree import LEAF, LEAST, DecisionTreeAgent, stakes
-from spec_envs.agents.traced.hindsight import HindsightAgent
+from spec_envs.agents.traced.decision_tree import DecisionTreeAgent, stakes
+from spec_envs.agents.traced.hindsight import LEAST, HindsightAgent
+from spec_envs.agents.traced.nodes import LEAF
 from spec_envs.controls.base import layout
 from spec_envs.controls.k import KControl
 from spec_envs.decoding.traces.trace import Trace
@@ -86,7 +87,8 @@ def test_tree_decides_as_hindsight(
     """It loses next to nothing of what is at stake in the decisions along its own path."""
     _, teacher = agents.load(teachers[case])
     seen = decided_along(vectors[case], learned[case])
-    same = teacher.predict(seen)[0] == learned[case].predict(seen)[0]
+    assert isinstance(teacher, HindsightAgent)
+    same = teacher.price(vectors[case].cost_tables[0]).actions(seen) == learned[case].predict(seen)[0]
     weight = stakes(teacher, seen)
     assert weight[same].sum() > 0.95 * weight.sum()
 
@@ -337,4 +339,5 @@ def test_unfit_teachers_are_refused(
 def test_price_counts_comparisons() -> None:
     shallow, deep = (DecisionTreeAgent(control_of("k"), depth=depth).priced_seconds for depth in (2, 12))
     assert deep - shallow == pytest.approx(1e-6)
-    assert deep < HindsightAgent(control_of("k")).priced_seconds
+    assert deep < HindsightAgent(control_of("k"), comparisons=0).priced_seconds
+    assert HindsightAgent(control_of("k"), comparisons=12).priced_seconds == deep
