@@ -38,8 +38,9 @@ def test_actions_depend_on_observation_and_costs(env_id: str) -> None:
     control, agent = agents.load(env_id)
     assert control.costs is not None
     seen = agent.kept.seen.reshape(-1, agent.width)  # the observations it was trained on
-    agent.price(control.costs)
+    pace = agent.price(control.costs).pace * control.costs.seconds("verify", 1)
     assert len(set(agent.actions(seen).tolist())) > 1
     dear = CostTable("verification is dear", {1: 0.01, 2: 1.0}, {1: 1.0, 10: 1.0})
-    # plain decoding reaches 100 tokens/s; only SpecK-v0 can choose it
-    assert agent.price(dear).pace <= 100.001
+    assert agent.price(dear).pace * dear.seconds("verify", 1) < pace
+    if env_id == "SpecK-v0":  # only there nothing has to be drafted
+        assert not agent.actions(agent.kept.seen[:, 0]).any()
