@@ -2,10 +2,9 @@
 
 Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and
 then decodes held-out prompts live, all arms side by side. They are compared with the best static setting S*, the best
-static setting of each task, the informed optimum I* (the best policy of what an agent observes, cross-fitted) and the
-clairvoyant optimum C*. Writes adaptive-control.json, adaptive-control.md and adaptive-control.png into --out. `--fast`
-runs a small version, whose files are adaptive-control-fast.*. With the environment variable `RAY=1` it records and trains
-on Ray.
+static setting of each task and the clairvoyant optimum C*. Writes adaptive-control.json, adaptive-control.md and
+adaptive-control.png into --out. `--fast` runs a small version, whose files are adaptive-control-fast.*. With the
+environment variable `RAY=1` it records and trains on Ray.
 """
 
 from __future__ import annotations
@@ -90,7 +89,6 @@ def measure(name: str, size: Size, root: Path) -> Findings:
     policies = fixed | {arm: found.policy for arm, found in arms.items()}
     hindsight = rows["hindsight"]
     assert isinstance(hindsight, Learned)
-    references = replace(references, informed=max(references.informed, *(row.value for row in rows.values())))
     samples = samples_of(problem, policies["hindsight"], "test")
     tasks = np.array([sample.prompt.task for sample in samples])
     gap = references.clairvoyant - 1
@@ -111,7 +109,6 @@ def measure(name: str, size: Size, root: Path) -> Findings:
             for task, group in by_task(samples).items()
         },
         gap_share=(hindsight.value - 1) / gap if gap > 0 else 0.0,
-        of_informed=hindsight.value / references.informed,
         live=live,
         arms=over_static(live),
         sampled=over_static(decoded_live(policies, sampling, sampled, size.sampled, problem.table)),

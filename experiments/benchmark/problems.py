@@ -29,13 +29,12 @@ class Size:
     steps: int  # environment steps of PPO on the trace; 0: those of its stanza
     ltd_steps: int  # the same for each of the policies of Learning to Draft
     tuning: int  # training texts that rules are tuned on
-    folds: int  # of the test texts, for the informed optimum
     prompts: int  # decoded live
     cycles: int  # with random actions, to compare live and replayed decoding
     sampled: int  # prompts decoded live at temperature 1
 
 
-FULL = Size((60, 12, 30), 96, 10, 3, 0, 0, 20, 3, 40, 300, 10)
-FAST = Size((4, 1, 3), 32, 2, 1, 32_768, 512, 3, 2, 3, 40, 2)
+FULL = Size((60, 12, 30), 96, 10, 3, 0, 0, 20, 40, 300, 10)
+FAST = Size((4, 1, 3), 32, 2, 1, 32_768, 512, 3, 3, 40, 2)
 LARGER = replace(FULL, tokens=64, prompts=30, cycles=120, sampled=5)  # for larger models, which take longer
 FEW = (1, 3, 10, 30)  # numbers of training texts that hindsight is tried with

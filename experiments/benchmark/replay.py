@@ -12,7 +12,7 @@ import numpy as np
 from spec_envs.controls import CONTROLS, Policy
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.benchmark.arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
+from spec_envs.experiments.benchmark.arms import GRIDS, Problem, samples_of, train, trained_policy, tuned
 from spec_envs.experiments.benchmark.findings import FewTexts, Learned, OtherCosts, References, Tuned
 from spec_envs.experiments.benchmark.problems import FEW, FOREIGN, LEARNED, LTD, Size
 from spec_envs.experiments.benchmark.scale_out import mapped
@@ -85,7 +85,6 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
         copied=copied,
         copied_over_static=None if static.copied_seconds is None else total / float(static.copied_seconds.sum()),
         clairvoyant=total / test.clairvoyant().sum(),
-        informed=total / total_seconds(informed(problem, size.folds)),
     )
 
 

@@ -231,16 +231,13 @@ def findings(env_id: str) -> Findings:
     return Findings(
         settings=FAST,
         checks=Checks(CURVES, MACHINE, Equality(40, 0, 0, 1.0), Speeds(100.0, 1e6, 1e4), RecordingCost(0.01, 0.02)),
-        references=References(
-            setting, 1.4, 1.01, 1.3, 1.08, setting, 1.0, *(([1, 6], 1.077, [4], 0.94) if copied else ())
-        ),
+        references=References(setting, 1.4, 1.01, 1.3, setting, 1.0, *(([1, 6], 1.077, [4], 0.94) if copied else ())),
         replay=dict.fromkeys(LEARNED, learned) | {name: Tuned(**ratios, settings={}, by_domain=1.0) for name in rules},
         hindsight_train_s=2.0,
         other_costs={"qwen3-14b-a6000": OtherCosts(setting, 1.02, 1.1)},
         few_texts=[FewTexts(1, 100, 1.0), FewTexts(3, 200, 1.06)],
         tasks={"gsm8k": 1.05},
         gap_share=0.3,
-        of_informed=0.98,
         live=live,
         arms=over,
         sampled=over,
