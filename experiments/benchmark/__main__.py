@@ -52,13 +52,14 @@ from spec_envs.experiments.reports.pages import add_page_arguments
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_shard, recorded
 from spec_envs.files import held, read_json, write_json
+from spec_envs.prompts.rows import Split
 from spec_envs.sealed import write_sealed
 from spec_envs.settings import Keywords
 
 
 def trace_of(env_id: str, env: Keywords, size: Size, root: Path) -> Trace:
     """Return the trace of a problem, recorded if it does not exist yet; on Ray its texts are recorded in shards."""
-    plan = Plan(env_id, env, size.texts)
+    plan = Plan(env_id, env, size.texts, size.held_out)
     folder = default_folder(plan, root)
     if os.environ.get("RAY") and not (folder / MANIFEST).exists():
         mapped(record_shard, [(plan, folder, (i, 4)) for i in range(4)], "recording")
@@ -89,11 +90,11 @@ def measure(name: str, size: Size, root: Path) -> Findings:
     policies = fixed | {arm: found.policy for arm, found in arms.items()}
     hindsight = rows["hindsight"]
     assert isinstance(hindsight, Learned)
-    samples = samples_of(problem, policies["hindsight"], "test")
+    samples = samples_of(problem, policies["hindsight"], size.held_out)
     tasks = np.array([sample.prompt.task for sample in samples])
     gap = references.clairvoyant - 1
 
-    live = decoded_live(policies, env, decoder, size.prompts, problem.table)
+    live = decoded_live(policies, env, decoder, size.prompts, problem.table, size.held_out)
     sampling = {**env, "temperature": 1.0}
     sampled = over_models(decoder_for({**sampling, "trace": None}, control))
     return Findings(
@@ -111,7 +112,7 @@ def measure(name: str, size: Size, root: Path) -> Findings:
         gap_share=(hindsight.value - 1) / gap if gap > 0 else 0.0,
         live=live,
         arms=over_static(live),
-        sampled=over_static(decoded_live(policies, sampling, sampled, size.sampled, problem.table)),
+        sampled=over_static(decoded_live(policies, sampling, sampled, size.sampled, problem.table, size.held_out)),
     )
 
 
@@ -132,7 +133,7 @@ def prices_of(decoder: Decoder, control: Control, env: Keywords, file: Path) -> 
 
 def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> Checks:
     """Return the checks of the replay under the price list of all arms."""
-    live = decoded_at_random(trace, problem, size.cycles)
+    live = decoded_at_random(trace, problem, size)
     return Checks(
         costs={"verify": problem.table.verify, "draft": problem.table.draft},
         machine=machine(decoder),
@@ -143,7 +144,7 @@ def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> Che
 
 
 def decoded_live(
-    policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int, table: CostTable
+    policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int, table: CostTable, split: Split
 ) -> Results:
     """Return the table of all arms on held-out prompts that are decoded live, and priced by the table that they were
     trained under. Agents that learn while they serve start from their initial state."""
@@ -152,7 +153,8 @@ def decoded_live(
 
     def measure(count: int) -> Results:
         fresh = {name: renewed(policy) for name, policy in policies.items()}
-        return run_tables(fresh, {**env, "trace": None}, decoder, count, ["plain", *fixed], learned, {}, table)
+        without = {**env, "trace": None}
+        return run_tables(fresh, without, decoder, count, ["plain", *fixed], learned, {}, table, split=split)
 
     return with_aa_check(measure, prompts)
 

@@ -206,7 +206,7 @@ def train_in_turn(problem: Problem, seed: int, steps: int, place: Path) -> int:
     total = steps or stanza.total_timesteps
     changes = {
         "env": stanza.env | sizes | {"trace": problem.trace, "clock": problem.prices},
-        "eval_env": {},
+        "eval_env": {"trace": None},  # which need not have test texts
         "record": [],
         "total_timesteps": total,
         "eval_freq": max(1, total * stanza.eval_freq // stanza.total_timesteps),
