@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spec_envs.arguments import POSITIVE, PROMPTS, Parser, output_folder
+from spec_envs.arguments import POSITIVE, PROMPTS, Parser, output_folder, whole_number
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder, over_models
@@ -165,8 +165,13 @@ def over_static(live: Results) -> dict[str, OverStatic]:
     return {name: OverStatic(ratio.value, ratio.low, ratio.high) for name, ratio in ratios.items()}
 
 
-def arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+def parser_of(description: str | None, out: Path | None = Path("runs/bench"), shown: str = "runs/bench") -> Parser:
+    """Return the parser of a command that runs the benchmark.
+
+    Args:
+        out: default of ``--out``, which the help shows as ``shown``.
+    """
+    parser = Parser(description)
     parser.add_argument(
         "--envs", nargs="*", choices=list(PROBLEMS), metavar="ENV",
         help=f"problems, of {', '.join(PROBLEMS)} (default: all; fast: those of the default models)",
@@ -174,15 +179,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--root", type=output_folder, default=Path("runs"), help="folder of traces, runs and findings (default runs)"
     )
-    add_page_arguments(parser)
+    add_page_arguments(parser, out, shown)
     parser.add_argument(
         "--seeds", type=POSITIVE, help=f"seeds of every arm that is trained (default {FULL.seeds}, fast {FAST.seeds})"
     )
     parser.add_argument(
+        "--ltd-seeds", type=whole_number(0), metavar="SEEDS",
+        help=f"most seeds of Learning to Draft, 0 leaves it out (default {FULL.ltd_seeds}, fast {FAST.ltd_seeds})",
+    )  # fmt: skip
+    parser.add_argument(
         "--count", type=PROMPTS, help=f"held-out prompts decoded live (default {FULL.prompts}, fast {FAST.prompts})"
     )
     parser.add_argument("--fast", action="store_true", default=switched("FAST"), help="run the small version")
-    return parser.parse_args()
+    return parser
 
 
 def switched(name: str) -> bool:
@@ -199,22 +208,37 @@ def switched(name: str) -> bool:
 
 def main() -> None:
     with one_sentence("interrupted; the same command continues with what is not trained yet"):
-        args = arguments()
-        PAGE.publish(args, lambda: benchmark(args), "adaptive-control-fast" if args.fast else "adaptive-control")
+        args = parser_of(__doc__).parse_args()
+        root = args.root / "fast" if args.fast else args.root
+        PAGE.publish(args, lambda: benchmark(args, root), "adaptive-control-fast" if args.fast else "adaptive-control")
 
 
-def benchmark(args: argparse.Namespace) -> Benchmark:
+def problems_of(args: argparse.Namespace) -> list[str]:
+    """Return the problems that a command measures, of ``PROBLEMS``."""
+    return args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]
+
+
+def benchmark(args: argparse.Namespace, root: Path, held_out: Split = "test") -> Benchmark:
     """Return the findings on every problem; those that do not exist yet are measured.
+
+    Args:
+        root: folder of traces, runs and findings.
+        held_out: split of the texts that arms are scored on.
 
     Raises:
         ValueError: a file of findings was made with other settings, or is damaged.
     """
-    root = args.root / "fast" if args.fast else args.root
     size, problems = FAST if args.fast else FULL, {}
     with held(root / "benchmark"):
-        for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
+        for name in problems_of(args):
             own = LARGER if "/" in name and not args.fast else size
-            own = replace(own, seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
+            own = replace(
+                own,
+                seeds=args.seeds or own.seeds,
+                ltd_seeds=own.ltd_seeds if args.ltd_seeds is None else args.ltd_seeds,
+                prompts=args.count or own.prompts,
+                held_out=held_out,
+            )
             path = root / "benchmark" / name / "results.json"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -202,7 +202,13 @@ class Findings:
 
 @dataclass(kw_only=True)
 class Benchmark:
-    """The findings on every problem; ``fast`` for the small version."""
+    """The findings on every problem.
+
+    Attributes:
+        fast: True for the small version.
+        final_uses: how often the final split was used, this use included; None where the held-out texts are others.
+    """
 
     problems: dict[str, Findings]
     fast: bool
+    final_uses: int | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.benchmark.findings import Benchmark, FewTexts, Findings, Learned, Tuned
-from spec_envs.experiments.measure.results import ALONE, COPIES, PAIR
+from spec_envs.experiments.measure.results import AGAIN, ALONE, COPIES, PAIR, Results
 from spec_envs.experiments.reports.figures import draw_ratios, drawn
 from spec_envs.experiments.reports.pages import Page, definitions, table
 from spec_envs.experiments.reports.report import lengths_in_words, markdown, setting_name
@@ -19,14 +19,29 @@ DETECTED = (1.96 + 0.84) / (2 * 1.96)  # least difference that is told with a po
 
 def body(results: Benchmark) -> Iterable[str]:
     """Yield the lines of the page below its picture."""
-    if results.fast:
-        yield "This is the small version (`--fast`), with too few texts and seeds to tell arms apart."
-        yield ""
+    yield from conditions(results)
     yield from headroom(results.problems)
     for env_id, found in results.problems.items():
         yield from ("", f"## {env_id}", "", *of_environment(found))
     yield ""
     yield from definitions(dict.fromkeys(arm for found in results.problems.values() for arm in found.arms), {})
+
+
+def conditions(results: Benchmark) -> Iterable[str]:
+    """Yield the lines that say which texts and which arms the figures are of."""
+    if results.fast:
+        yield "This is the small version (`--fast`), with too few texts and seeds to tell arms apart."
+        yield ""
+    yield (
+        "Held-out texts are of the split `test`, which is looked at while agents are developed."
+        if results.final_uses is None
+        else "Held-out texts are of the split `final`, which only published results are measured on; this is use "
+        f"{results.final_uses} of it."
+    )
+    yield ""
+    if any(found.settings.ltd_seeds == 0 for found in results.problems.values()):
+        yield "Learning to Draft was left out (`--ltd-seeds 0`)."
+        yield ""
 
 
 def headroom(results: dict[str, Findings]) -> list[str]:
@@ -153,11 +168,28 @@ def of_environment(found: Findings) -> list[str]:
         "Live:",
         "",
         markdown(found.live),
+        *(line for sentence in disagreements(found.live) for line in (sentence, "")),
         f"At temperature 1, {found.settings.sampled} prompts, over the same static setting: "
         + ", ".join(f"`{name}` {arm.interval:.3f}" for name, arm in found.sampled.items())
         + ". Arms were trained and tuned at temperature 0.",
     ]
     return lines
+
+
+def disagreements(live: Results) -> list[str]:
+    """Return a sentence about each arm whose live and priced intervals do not overlap; none where the timings are void."""
+    if not live.quiet or not live.at_prices:
+        return []
+    pairs = {
+        name: (row.over["static"], live.at_prices.arms[name].over["static"])
+        for name, row in live.arms.items()
+        if not name.endswith(AGAIN)
+    }
+    return [
+        f"The live and the priced interval of `{name}` over S* do not overlap: {timed:.3f} and {priced:.3f}."
+        for name, (timed, priced) in pairs.items()
+        if timed.high < priced.low or priced.high < timed.low
+    ]
 
 
 def fewer(found: Findings) -> str:
