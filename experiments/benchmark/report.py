@@ -95,7 +95,9 @@ def verdicts(results: dict[str, Findings]) -> list[str]:
     for env_id, found in results.items():
         live = found.arms["hindsight"]
         pays = (
-            "pays"
+            "cannot be judged, because the timings are void"
+            if not found.live.quiet
+            else "pays"
             if live.low > 1
             else "does not pay"
             if live.high < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 from spec_envs.experiments.benchmark.arms import GRIDS
 from spec_envs.experiments.benchmark.findings import (
@@ -26,7 +27,7 @@ from spec_envs.experiments.comparisons.quality import PlainText, Quality
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.exits.evaluation import Acceptance
 from spec_envs.experiments.measure.machine import Machine
-from spec_envs.experiments.measure.results import ALONE, COPIES, Best, Divergence, Drift, Interval, Results, Row
+from spec_envs.experiments.measure.results import ALONE, COPIES, Best, Divergence, Drift, Interval, Priced, Results, Row
 from spec_envs.experiments.network import cloud_load, edge_cloud
 
 VERSIONS = {"torch": "2.8.0", "numpy": "2.0.0"}
@@ -222,6 +223,7 @@ def findings(env_id: str) -> Findings:
     live = results(
         ["static", *alone, *copied, *LEARNED, *rules], ["plain", "static", *alone, *copied], [*LEARNED, *rules]
     )
+    live.at_prices = Priced(arms=deepcopy(live.arms), costs=CURVES, source="measured when the run began")
     over = {name: OverStatic(*vars(row.over["static"]).values()) for name, row in live.arms.items()}
     ratios = {"ratio": interval(1.05), "over_pair": interval(1.04), "over_fastest": interval(1.0)}
     if copied:
