@@ -25,6 +25,7 @@ READS_tune = ENV AGENT SET ARGS
 READS_generate = PROMPT RUN ARGS
 READS_trace = ENV ARGS
 READS_benchmark = FAST RAY ARGS
+READS_results = ARGS
 READS_edge = HOST PROMPT ARGS
 READS_tensorboard = ROOT
 $(foreach t,compare-decoding compare-chains compare-drafters compare-exits standalone minari cloud edge-cloud cloud-load zoo-check chaos test test-docs fuzz,$(eval READS_$t = ARGS))
@@ -38,7 +39,7 @@ endif
 unexport $(GIVEN)
 $(foreach v,$(READ),$(eval export GIVEN_$v := $$(value $v)))
 
-.PHONY: help setup train eval compare-decoding compare-chains compare-drafters compare-exits benchmark minari drafter standalone tune \
+.PHONY: help setup train eval compare-decoding compare-chains compare-drafters compare-exits benchmark results minari drafter standalone tune \
 	generate trace cloud edge edge-cloud cloud-load tensorboard gifs docs docs-serve test test-docs fuzz zoo-check chaos lint
 
 help:  ## list the targets
@@ -92,6 +93,9 @@ trace: $(READY)  ## record a trace that ENV replays exactly (for SpecTopK-v0 an 
 
 benchmark: $(READY)  ## where adaptive control pays; adaptive-control.md; FAST=1 a small version, RAY=1 on Ray; ARGS=--help
 	$(SPEC_ENVS) bench adaptive $(value ARGS)
+
+results: $(READY)  ## the published results of this revision, on the final prompts; RESULTS.md, adaptive-control.md; ARGS="--ltd-seeds 0"
+	$(SPEC_ENVS) results $(value ARGS)
 
 minari: $(READY)  ## write episodes of a trace as a Minari data set; ARGS="runs/traces/NAME --name spec-envs/depth-random-v0"
 	$(SPEC_ENVS) minari $(value ARGS)

@@ -61,6 +61,9 @@ SECTIONS = {
         "links": Command("spec_envs.experiments.network.link_profiles", "", "write the logs of the shipped links"),
     },
     "Measurements": {
+        "results": Command(
+            "spec_envs.experiments.benchmark.results", "", "write the published results of adaptive control"
+        ),
         "bench adaptive": Command("spec_envs.experiments.benchmark.__main__", "", "where adaptive control pays"),
         "bench decoding": Command(
             "spec_envs.experiments.comparisons.decoding", "", "speed beside transformers and llama.cpp"

@@ -2,10 +2,9 @@
 
 Records traces, trains every arm on them with several seeds, tunes the published rules on the same training texts, and
 then decodes held-out prompts live, all arms side by side. They are compared with the best static setting S*, the best
-static setting of each task, the informed optimum I* (the best policy of what an agent observes, cross-fitted) and the
-clairvoyant optimum C*. Writes adaptive-control.json, adaptive-control.md and adaptive-control.png into --out. `--fast`
-runs a small version, whose files are adaptive-control-fast.*. With the environment variable `RAY=1` it records and trains
-on Ray.
+static setting of each task and the clairvoyant optimum C*. Writes adaptive-control.json, adaptive-control.md and
+adaptive-control.png into --out. `--fast` runs a small version, whose files are adaptive-control-fast.*. With the
+environment variable `RAY=1` it records and trains on Ray.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spec_envs.arguments import POSITIVE, PROMPTS, Parser, output_folder
+from spec_envs.arguments import POSITIVE, PROMPTS, Parser, output_folder, whole_number
 from spec_envs.controls import Control, Policy, make_control
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.decoder import Decoder, over_models
@@ -53,13 +52,14 @@ from spec_envs.experiments.reports.pages import add_page_arguments
 from spec_envs.experiments.traces.plan import Plan, default_folder
 from spec_envs.experiments.traces.record import record_shard, recorded
 from spec_envs.files import held, read_json, write_json
+from spec_envs.prompts.rows import Split
 from spec_envs.sealed import write_sealed
 from spec_envs.settings import Keywords
 
 
 def trace_of(env_id: str, env: Keywords, size: Size, root: Path) -> Trace:
     """Return the trace of a problem, recorded if it does not exist yet; on Ray its texts are recorded in shards."""
-    plan = Plan(env_id, env, size.texts)
+    plan = Plan(env_id, env, size.texts, size.held_out)
     folder = default_folder(plan, root)
     if os.environ.get("RAY") and not (folder / MANIFEST).exists():
         mapped(record_shard, [(plan, folder, (i, 4)) for i in range(4)], "recording")
@@ -90,12 +90,11 @@ def measure(name: str, size: Size, root: Path) -> Findings:
     policies = fixed | {arm: found.policy for arm, found in arms.items()}
     hindsight = rows["hindsight"]
     assert isinstance(hindsight, Learned)
-    references = replace(references, informed=max(references.informed, *(row.value for row in rows.values())))
-    samples = samples_of(problem, policies["hindsight"], "test")
+    samples = samples_of(problem, policies["hindsight"], size.held_out)
     tasks = np.array([sample.prompt.task for sample in samples])
     gap = references.clairvoyant - 1
 
-    live = decoded_live(policies, env, decoder, size.prompts, problem.table)
+    live = decoded_live(policies, env, decoder, size.prompts, problem.table, size.held_out)
     sampling = {**env, "temperature": 1.0}
     sampled = over_models(decoder_for({**sampling, "trace": None}, control))
     return Findings(
@@ -111,10 +110,9 @@ def measure(name: str, size: Size, root: Path) -> Findings:
             for task, group in by_task(samples).items()
         },
         gap_share=(hindsight.value - 1) / gap if gap > 0 else 0.0,
-        of_informed=hindsight.value / references.informed,
         live=live,
         arms=over_static(live),
-        sampled=over_static(decoded_live(policies, sampling, sampled, size.sampled, problem.table)),
+        sampled=over_static(decoded_live(policies, sampling, sampled, size.sampled, problem.table, size.held_out)),
     )
 
 
@@ -135,7 +133,7 @@ def prices_of(decoder: Decoder, control: Control, env: Keywords, file: Path) -> 
 
 def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> Checks:
     """Return the checks of the replay under the price list of all arms."""
-    live = decoded_at_random(trace, problem, size.cycles)
+    live = decoded_at_random(trace, problem, size)
     return Checks(
         costs={"verify": problem.table.verify, "draft": problem.table.draft},
         machine=machine(decoder),
@@ -146,7 +144,7 @@ def checked(problem: Problem, trace: Trace, decoder: Decoder, size: Size) -> Che
 
 
 def decoded_live(
-    policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int, table: CostTable
+    policies: dict[str, Policy], env: Keywords, decoder: Decoder, prompts: int, table: CostTable, split: Split
 ) -> Results:
     """Return the table of all arms on held-out prompts that are decoded live, and priced by the table that they were
     trained under. Agents that learn while they serve start from their initial state."""
@@ -155,7 +153,8 @@ def decoded_live(
 
     def measure(count: int) -> Results:
         fresh = {name: renewed(policy) for name, policy in policies.items()}
-        return run_tables(fresh, {**env, "trace": None}, decoder, count, ["plain", *fixed], learned, {}, table)
+        without = {**env, "trace": None}
+        return run_tables(fresh, without, decoder, count, ["plain", *fixed], learned, {}, table, split=split)
 
     return with_aa_check(measure, prompts)
 
@@ -166,8 +165,13 @@ def over_static(live: Results) -> dict[str, OverStatic]:
     return {name: OverStatic(ratio.value, ratio.low, ratio.high) for name, ratio in ratios.items()}
 
 
-def arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+def parser_of(description: str | None, out: Path | None = Path("runs/bench"), shown: str = "runs/bench") -> Parser:
+    """Return the parser of a command that runs the benchmark.
+
+    Args:
+        out: default of ``--out``, which the help shows as ``shown``.
+    """
+    parser = Parser(description)
     parser.add_argument(
         "--envs", nargs="*", choices=list(PROBLEMS), metavar="ENV",
         help=f"problems, of {', '.join(PROBLEMS)} (default: all; fast: those of the default models)",
@@ -175,15 +179,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--root", type=output_folder, default=Path("runs"), help="folder of traces, runs and findings (default runs)"
     )
-    add_page_arguments(parser)
+    add_page_arguments(parser, out, shown)
     parser.add_argument(
         "--seeds", type=POSITIVE, help=f"seeds of every arm that is trained (default {FULL.seeds}, fast {FAST.seeds})"
     )
     parser.add_argument(
+        "--ltd-seeds", type=whole_number(0), metavar="SEEDS",
+        help=f"most seeds of Learning to Draft, 0 leaves it out (default {FULL.ltd_seeds}, fast {FAST.ltd_seeds})",
+    )  # fmt: skip
+    parser.add_argument(
         "--count", type=PROMPTS, help=f"held-out prompts decoded live (default {FULL.prompts}, fast {FAST.prompts})"
     )
     parser.add_argument("--fast", action="store_true", default=switched("FAST"), help="run the small version")
-    return parser.parse_args()
+    return parser
 
 
 def switched(name: str) -> bool:
@@ -200,22 +208,37 @@ def switched(name: str) -> bool:
 
 def main() -> None:
     with one_sentence("interrupted; the same command continues with what is not trained yet"):
-        args = arguments()
-        PAGE.publish(args, lambda: benchmark(args), "adaptive-control-fast" if args.fast else "adaptive-control")
+        args = parser_of(__doc__).parse_args()
+        root = args.root / "fast" if args.fast else args.root
+        PAGE.publish(args, lambda: benchmark(args, root), "adaptive-control-fast" if args.fast else "adaptive-control")
 
 
-def benchmark(args: argparse.Namespace) -> Benchmark:
+def problems_of(args: argparse.Namespace) -> list[str]:
+    """Return the problems that a command measures, of ``PROBLEMS``."""
+    return args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]
+
+
+def benchmark(args: argparse.Namespace, root: Path, held_out: Split = "test") -> Benchmark:
     """Return the findings on every problem; those that do not exist yet are measured.
+
+    Args:
+        root: folder of traces, runs and findings.
+        held_out: split of the texts that arms are scored on.
 
     Raises:
         ValueError: a file of findings was made with other settings, or is damaged.
     """
-    root = args.root / "fast" if args.fast else args.root
     size, problems = FAST if args.fast else FULL, {}
     with held(root / "benchmark"):
-        for name in args.envs or [name for name in PROBLEMS if not (args.fast and "/" in name)]:
+        for name in problems_of(args):
             own = LARGER if "/" in name and not args.fast else size
-            own = replace(own, seeds=args.seeds or own.seeds, prompts=args.count or own.prompts)
+            own = replace(
+                own,
+                seeds=args.seeds or own.seeds,
+                ltd_seeds=own.ltd_seeds if args.ltd_seeds is None else args.ltd_seeds,
+                prompts=args.count or own.prompts,
+                held_out=held_out,
+            )
             path = root / "benchmark" / name / "results.json"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)

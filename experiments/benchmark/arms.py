@@ -207,7 +207,7 @@ def train_in_turn(problem: Problem, seed: int, steps: int, place: Path) -> int:
     total = steps or stanza.total_timesteps
     changes = {
         "env": stanza.env | sizes | {"trace": problem.trace, "clock": problem.prices},
-        "eval_env": {},
+        "eval_env": {"trace": None},  # which need not have test texts
         "record": [],
         "total_timesteps": total,
         "eval_freq": max(1, total * stanza.eval_freq // stanza.total_timesteps),
@@ -268,26 +268,3 @@ def tuned(problem: Problem, rule: str, texts: int) -> tuple[Policy, dict[str, An
     rates = [throughput(samples_of(problem, policy(h), "train", chosen)) for h in settings]
     best = settings[int(np.argmax(rates))]
     return policy(best), best
-
-
-def informed(problem: Problem, folds: int, seed: int = 0) -> list[Sample]:
-    """Return the samples of the test texts under the best policy that could be learned from what an agent observes.
-
-    The agents that learn from a trace are cross-fitted: for each fold of the test texts they learn from all other texts
-    and are replayed on the fold. The samples of the fastest agent are returned.
-    """
-    trace, found = Trace.load(problem.trace), []
-    test = trace.of_split("test")
-    others = [i for i in trace.of_split("all") if i not in set(test)]
-    for arm, reads in itertools.product(("hindsight", "exact-pg"), ("cycle", "everything")):
-        samples: dict[int, Sample] = {}
-        for fold in range(folds):
-            held_out = test[fold::folds]
-            vector = problem.environments(ENVS, split="all")
-            vector.texts = np.array(others + [i for i in test if i not in set(held_out)])
-            control = problem.control()
-            agent = AGENTS[arm](control=control, seed=seed, steps=400, reads=reads).learn(0, vector)
-            own = samples_of(problem, Policy(control, agent), "test", held_out)
-            samples |= dict(zip(held_out, own, strict=True))
-        found.append([samples[i] for i in test])
-    return max(found, key=throughput)

@@ -18,6 +18,7 @@ from spec_envs.decoding.traces.replay import replayed
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark.arms import Problem, words
 from spec_envs.experiments.benchmark.findings import Equality, RecordingCost, Speeds
+from spec_envs.experiments.benchmark.problems import Size
 from spec_envs.experiments.measure.live import decoder_for
 from spec_envs.generation import Generation
 
@@ -33,13 +34,13 @@ class Decoded(NamedTuple):
     decisions: int
 
 
-def decoded_at_random(trace: Trace, problem: Problem, cycles: int) -> list[Decoded]:
-    """Return held-out texts that were decoded live until they had ``cycles`` cycles."""
+def decoded_at_random(trace: Trace, problem: Problem, size: Size) -> list[Decoded]:
+    """Return held-out texts that were decoded live until they had ``size.cycles`` cycles."""
     control = problem.control()
     decoder = over_models(decoder_for({**problem.env, "trace": None}, control))
-    policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split("test")
+    policy, texts = Policy(control, RandomAgent(control, seed=RANDOM_SEED)), trace.of_split(size.held_out)
     found: list[Decoded] = []
-    while sum(len(text.cycles) for text in found) < cycles:
+    while sum(len(text.cycles) for text in found) < size.cycles:
         found.append(decode(decoder, policy, trace, problem, texts[len(found) % len(texts)]))
     return found
 

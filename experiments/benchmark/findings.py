@@ -153,14 +153,12 @@ class References:
             makes; None where there are none.
         per_task_over_static: the best static setting of each task.
         clairvoyant: the clairvoyant optimum.
-        informed: the best policy that could be learned from what an agent observes.
     """
 
     static: list[Any]
     static_over_plain: float
     per_task_over_static: float
     clairvoyant: float
-    informed: float
     pair: list[Any]
     pair_over_static: float
     copied: list[int] | None = None
@@ -177,7 +175,6 @@ class Findings:
         settings: sizes that they were measured with.
         replay: arms that were replayed on held-out texts.
         gap_share: share of the gap from S* to the clairvoyant optimum that hindsight closes.
-        of_informed: hindsight's throughput over the informed optimum's.
         tasks: hindsight over S*, by task.
         live: the table of held-out prompts that were decoded live.
         arms: ratios of the live table to S*.
@@ -193,7 +190,6 @@ class Findings:
     few_texts: list[FewTexts]
     tasks: dict[str, float]
     gap_share: float
-    of_informed: float
     live: Results
     arms: dict[str, OverStatic]
     sampled: dict[str, OverStatic]
@@ -206,7 +202,13 @@ class Findings:
 
 @dataclass(kw_only=True)
 class Benchmark:
-    """The findings on every problem; ``fast`` for the small version."""
+    """The findings on every problem.
+
+    Attributes:
+        fast: True for the small version.
+        final_uses: how often the final split was used, this use included; None where the held-out texts are others.
+    """
 
     problems: dict[str, Findings]
     fast: bool
+    final_uses: int | None = None

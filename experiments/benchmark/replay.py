@@ -12,7 +12,7 @@ import numpy as np
 from spec_envs.controls import CONTROLS, Policy
 from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
-from spec_envs.experiments.benchmark.arms import GRIDS, Problem, informed, samples_of, train, trained_policy, tuned
+from spec_envs.experiments.benchmark.arms import GRIDS, Problem, samples_of, train, trained_policy, tuned
 from spec_envs.experiments.benchmark.findings import FewTexts, Learned, OtherCosts, References, Tuned
 from spec_envs.experiments.benchmark.problems import FEW, FOREIGN, LEARNED, LTD, Size
 from spec_envs.experiments.benchmark.scale_out import mapped
@@ -50,9 +50,12 @@ class Static(NamedTuple):
 def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, References]:
     """Return the best static settings, and the references that bound what agents can reach."""
     control, table = problem.control(), problem.table
-    bounds, test = (Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test"))
+    bounds, test = (
+        Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", size.held_out)
+    )
     whole, held_out = (
-        Bounds(trace, pair_control(control), table, trace.of_split(split), size.tokens) for split in ("train", "test")
+        Bounds(trace, pair_control(control), table, trace.of_split(split), size.tokens)
+        for split in ("train", size.held_out)
     )
     train_seconds, seconds, pair = bounds.static(), test.static(), whole.best(whole.static())
     best, own_best = bounds.best(train_seconds), bounds.best_by_task(train_seconds)
@@ -71,7 +74,7 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
     alone, without = best_alone(trace, control, table, size.tokens), without_alternatives(control)
     slower = None
     if alone and without:
-        plain_chains = Bounds(trace, without, table, trace.of_split("test"), size.tokens)
+        plain_chains = Bounds(trace, without, table, trace.of_split(size.held_out), size.tokens)
         slower = total / float(plain_chains.static()[:, plain_chains.plans.names.index((alone[0],))].sum())
     per_task = sum(seconds[i, own_best.get(task, best)] for i, task in enumerate(test.tasks))
     return static, References(
@@ -85,7 +88,6 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
         copied=copied,
         copied_over_static=None if static.copied_seconds is None else total / float(static.copied_seconds.sum()),
         clairvoyant=total / test.clairvoyant().sum(),
-        informed=total / total_seconds(informed(problem, size.folds)),
     )
 
 
@@ -101,8 +103,8 @@ class Arm(NamedTuple):
 def trained(problem: Problem, name: str, size: Size, folder: Path) -> dict[str, Arm]:
     """Train the arms that learn, and return them with the policy of the seed that is fastest on validation texts."""
     steps = {"ppo": size.steps or load_experiment(problem.env_id, "ppo").total_timesteps, LTD: size.ltd_steps}
-    arms = [arm for arm in LEARNED if arm != LTD or CONTROLS[problem.env_id].trace_kind == "tree"]
-    seeds = {LTD: min(size.ltd_seeds, size.seeds)}
+    seeds = {LTD: min(size.ltd_seeds, size.seeds) if CONTROLS[problem.env_id].trace_kind == "tree" else 0}
+    arms = [arm for arm in LEARNED if seeds.get(arm, size.seeds)]
     places = {LTD: Path(problem.prices).parent}  # its policies decide all of a tree, whatever else the problem is
     jobs = [
         (problem, arm, seed, steps.get(arm, 0), str(places.get(arm, folder) / f"{arm}-{seed}"))
@@ -116,7 +118,7 @@ def trained(problem: Problem, name: str, size: Size, folder: Path) -> dict[str, 
         folders = [job[4] for job in jobs if job[1] == arm]
         validation, test = (
             [samples_of(problem, trained_policy(f, problem), split) for f in folders]
-            for split in ("validation", "test")
+            for split in ("validation", size.held_out)
         )
         chosen = folders[int(np.argmax([throughput(samples) for samples in validation]))]
         row = {
@@ -130,11 +132,11 @@ def trained(problem: Problem, name: str, size: Size, folder: Path) -> dict[str, 
 
 def ruled(problem: Problem, trace: Trace, size: Size) -> dict[str, Arm]:
     """Return the tuned rules."""
-    found, test = {}, trace.of_split("test")
+    found, test = {}, trace.of_split(size.held_out)
     for rule in GRIDS[problem.env_id]:
         policy, settings = tuned(problem, rule, size.tuning)
         turns, domains = (
-            samples_of(problem, renewed(policy), "test", texts)
+            samples_of(problem, renewed(policy), size.held_out, texts)
             for texts in (test, one_domain_after_another(trace, test))
         )
         row = {"settings": settings, "by_domain": total_seconds(domains)}
@@ -188,12 +190,12 @@ def other_costs(problem: Problem, trace: Trace, size: Size, folder: str) -> dict
     for name in FOREIGN:
         table, control = CostTable.load(name), problem.control()
         bounds, test = (
-            Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", "test")
+            Bounds(trace, control, table, trace.of_split(split), size.tokens) for split in ("train", size.held_out)
         )
         best = bounds.best(bounds.static())
         static = test.static()[:, best].sum()
         policy = trained_policy(folder, problem, foreign=table)
-        seconds = total_seconds(samples_of(problem, policy, "test", foreign=table))
+        seconds = total_seconds(samples_of(problem, policy, size.held_out, foreign=table))
         setting, clairvoyant = list(bounds.plans.names[best]), test.clairvoyant().sum()
         found[name] = OtherCosts(setting, static / seconds, static / clairvoyant)
     return found
@@ -205,6 +207,6 @@ def few_texts(problem: Problem, seconds_per_token: float, folder: Path, size: Si
     for count in sorted({min(n, size.texts[0]) for n in FEW}):
         folders = [str(folder / f"hindsight-of-{count}-{seed}") for seed in range(min(3, size.seeds))]
         made = [train(problem, "hindsight", seed, 0, f, count) for seed, f in enumerate(folders)]
-        rates = [throughput(samples_of(problem, trained_policy(f, problem), "test")) for f in folders]
+        rates = [throughput(samples_of(problem, trained_policy(f, problem), size.held_out)) for f in folders]
         found.append(FewTexts(count, made[0].forwards, float(np.mean(rates)) * seconds_per_token))
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.benchmark.findings import Benchmark, FewTexts, Findings, Learned, Tuned
-from spec_envs.experiments.measure.results import ALONE, COPIES, PAIR
+from spec_envs.experiments.measure.results import AGAIN, ALONE, COPIES, PAIR, Results
 from spec_envs.experiments.reports.figures import draw_ratios, drawn
 from spec_envs.experiments.reports.pages import Page, definitions, table
 from spec_envs.experiments.reports.report import lengths_in_words, markdown, setting_name
@@ -19,14 +19,29 @@ DETECTED = (1.96 + 0.84) / (2 * 1.96)  # least difference that is told with a po
 
 def body(results: Benchmark) -> Iterable[str]:
     """Yield the lines of the page below its picture."""
-    if results.fast:
-        yield "This is the small version (`--fast`), with too few texts and seeds to tell arms apart."
-        yield ""
+    yield from conditions(results)
     yield from headroom(results.problems)
     for env_id, found in results.problems.items():
         yield from ("", f"## {env_id}", "", *of_environment(found))
     yield ""
     yield from definitions(dict.fromkeys(arm for found in results.problems.values() for arm in found.arms), {})
+
+
+def conditions(results: Benchmark) -> Iterable[str]:
+    """Yield the lines that say which texts and which arms the figures are of."""
+    if results.fast:
+        yield "This is the small version (`--fast`), with too few texts and seeds to tell arms apart."
+        yield ""
+    yield (
+        "Held-out texts are of the split `test`, which is looked at while agents are developed."
+        if results.final_uses is None
+        else "Held-out texts are of the split `final`, which only published results are measured on; this is use "
+        f"{results.final_uses} of it."
+    )
+    yield ""
+    if any(found.settings.ltd_seeds == 0 for found in results.problems.values()):
+        yield "Learning to Draft was left out (`--ltd-seeds 0`)."
+        yield ""
 
 
 def headroom(results: dict[str, Findings]) -> list[str]:
@@ -36,8 +51,7 @@ def headroom(results: dict[str, Findings]) -> list[str]:
         "training texts, of all that the environment lets be decided, with alternatives beside chains where it verifies "
         "them; *without alternatives* is the best length of chains alone. The pair's S* is that of all depths and budgets, or "
         "chain lengths; S* by copies are the two best chain lengths, of cycles whose first token the draft model drafts and "
-        "of those whose first token is a copy. I* is the informed optimum as far as it could be found: the best of "
-        "cross-fitted learners and tuned rules. C* is the clairvoyant optimum, which no policy can reach. Environments that "
+        "of those whose first token is a copy. C* is the clairvoyant optimum, which no policy can reach. Environments that "
         "replay the same trace have one price list: what forwards cost on this machine. *Per task* is the best static "
         "setting of each task. The last column is "
         "below 0 if `hindsight` is slower than S*.",
@@ -46,7 +60,7 @@ def headroom(results: dict[str, Findings]) -> list[str]:
     rows = []
     for env_id, found in results.items():
         beyond = found.references
-        ratios = (beyond.static_over_plain, beyond.per_task_over_static, beyond.informed, beyond.clairvoyant)
+        ratios = (beyond.static_over_plain, beyond.per_task_over_static, beyond.clairvoyant)
         pair = f"{named(beyond.pair)}: {beyond.pair_over_static:.3f}"
         copied = f"{lengths_in_words(beyond.copied)}: {beyond.copied_over_static:.3f}" if beyond.copied else ""
         alone = f"{named(beyond.alone)}: {beyond.alone_over_static:.3f}" if beyond.alone else ""
@@ -58,7 +72,6 @@ def headroom(results: dict[str, Findings]) -> list[str]:
             copied,
             *(f"{ratio:.3f}" for ratio in ratios),
             f"{found.learned['hindsight'].ratio:.3f}",
-            f"{found.of_informed:.3f}",
             f"{100 * found.gap_share:.0f} %",
         ]
         rows.append(cells)
@@ -70,11 +83,10 @@ def headroom(results: dict[str, Findings]) -> list[str]:
         "S* by copies over S*",
         "S* over plain",
         "S* per task",
-        "I* over S*",
         "C* over S*",
         "`hindsight` over S*",
     ]
-    return [*lines, *table([*head, "of I*", "of the gap S* to C*"], rows), "", *verdicts(results)]
+    return [*lines, *table([*head, "of the gap S* to C*"], rows), "", *verdicts(results)]
 
 
 def verdicts(results: dict[str, Findings]) -> list[str]:
@@ -83,22 +95,22 @@ def verdicts(results: dict[str, Findings]) -> list[str]:
     for env_id, found in results.items():
         live = found.arms["hindsight"]
         pays = (
-            "pays"
+            "cannot be judged, because the timings are void"
+            if not found.live.quiet
+            else "pays"
             if live.low > 1
             else "does not pay"
             if live.high < 1
             else "cannot be told from the best static setting"
         )
-        room, reached = found.references.clairvoyant - 1, found.references.informed - 1
-        known = reached / room if room > 0 else 0.0
+        room = found.references.clairvoyant - 1
         verify, draft = found.checks.costs["verify"], found.checks.costs["draft"]
         drafts = draft[max(n for n in draft if n <= 10)] / verify[1]
         adaptive = {name: arm for name, arm in found.arms.items() if name not in NOT_ADAPTIVE}
         fastest = max(adaptive, key=lambda name: adaptive[name].over_static)
         lines.append(
             f"`{env_id}`: live, `hindsight` {pays} ({live.interval:.3f} of S*); the fastest arm was `{fastest}` "
-            f"({adaptive[fastest].interval:.3f}). Knowing everything would gain {100 * room:.0f} %; "
-            f"{100 * max(0.0, known):.0f} % of that was reached by the best that was tried. While decoding, a draft step costs {drafts:.2f} of a plain step, "
+            f"({adaptive[fastest].interval:.3f}). Knowing everything would gain {100 * room:.0f} %. While decoding, a draft step costs {drafts:.2f} of a plain step, "
             f"and verifying 8 rows costs {verify[8] / verify[1]:.2f} (the curves below are of forwards that were timed "
             "alone)."
         )
@@ -158,11 +170,28 @@ def of_environment(found: Findings) -> list[str]:
         "Live:",
         "",
         markdown(found.live),
+        *(line for sentence in disagreements(found.live) for line in (sentence, "")),
         f"At temperature 1, {found.settings.sampled} prompts, over the same static setting: "
         + ", ".join(f"`{name}` {arm.interval:.3f}" for name, arm in found.sampled.items())
         + ". Arms were trained and tuned at temperature 0.",
     ]
     return lines
+
+
+def disagreements(live: Results) -> list[str]:
+    """Return a sentence about each arm whose live and priced intervals do not overlap; none where the timings are void."""
+    if not live.quiet or not live.at_prices:
+        return []
+    pairs = {
+        name: (row.over["static"], live.at_prices.arms[name].over["static"])
+        for name, row in live.arms.items()
+        if not name.endswith(AGAIN)
+    }
+    return [
+        f"The live and the priced interval of `{name}` over S* do not overlap: {timed:.3f} and {priced:.3f}."
+        for name, (timed, priced) in pairs.items()
+        if timed.high < priced.low or priced.high < timed.low
+    ]
 
 
 def fewer(found: Findings) -> str:
@@ -215,18 +244,15 @@ def cheaper(ppo: Learned, few_texts: Sequence[FewTexts]) -> str:
 
 
 def draw(results: Benchmark, path: Path) -> None:
-    """Draw the live throughput of every arm over the best static setting, and lines at I* and C*."""
+    """Draw the live throughput of every arm over the best static setting, and a line at C*."""
     problems = results.problems
     with drawn(path, 10, 3.2 * len(problems)) as figure:
         axes = figure.subplots(len(problems), 1, squeeze=False)[:, 0]
         for axis, (env_id, found) in zip(axes, problems.items(), strict=True):
             arms = {name: arm.interval for name, arm in found.arms.items() if not name.startswith("plain")}
             draw_ratios(axis, dict(reversed(arms.items())))
-            for key, ratio, colour in (
-                ("informed", found.references.informed, "tab:green"),
-                ("clairvoyant", found.references.clairvoyant, "tab:red"),
-            ):
-                axis.axvline(ratio, color=colour, linestyle="--", label=f"{key} (replayed)")
+            bound = found.references.clairvoyant
+            axis.axvline(bound, color="tab:red", linestyle="--", label="clairvoyant (replayed)")
             axis.axvline(1.0, color="black", linewidth=0.8)
             axis.set_xlim(left=0.6)
             axis.set_title(f"{env_id}: throughput over the best static setting, live, 95 % interval", fontsize=10)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from spec_envs.sealed import read_sealed
 
@@ -91,7 +91,7 @@ def read(kind: Any, content: Any) -> Any:
         return read(arguments[0], content)
     if origin in (Union, UnionType):
         return read_union(arguments, content)
-    if kind is Any or (kind is float and type(content) is int):
+    if kind is Any or (kind is float and type(content) is int) or (origin is Literal and content in arguments):
         return content
     if is_dataclass(kind) and isinstance(content, dict):
         return read_fields(cast(type, kind), content)

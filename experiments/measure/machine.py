@@ -85,7 +85,7 @@ def revision() -> str:
     found = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
     if not found:  # nothing is committed
         return "unknown"
-    code = [":/", ":(top,exclude)docs", ":(top,exclude)README.md"]
+    code = [":/", *(f":(top,exclude){name}" for name in ("docs", "README.md", "RESULTS.md"))]
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], capture_output=True).returncode
     return found + ("-dirty" if changed else "")
 

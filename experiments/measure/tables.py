@@ -22,6 +22,7 @@ from spec_envs.experiments.measure.results import AGAIN, Priced, Results
 from spec_envs.experiments.measure.statistics import at_prices, by_task, divergence, same_text, summary, throughput
 from spec_envs.experiments.reports.report import settings_played
 from spec_envs.network.edge.linked import is_address
+from spec_envs.prompts.rows import Split
 from spec_envs.settings import Keywords
 
 LOG = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def run_tables(
     others: dict[str, Arm] | None = None,
     costs: CostTable | None = None,
     announce: Announce = LOG.info,
+    split: Split = "test",
 ) -> Results:
     """Measure plain decoding (twice), other software and the policies (the static one twice) side by side, and return the
     table.
@@ -47,8 +49,9 @@ def run_tables(
         others: arms of other software; by default transformers' ``generate``.
         costs: this machine's cost table, which also prices what is timed; by default the one that is measured here.
         announce: is told what is measured and about how long that takes.
+        split: of the prompts.
     """
-    samples = side_by_side(policies, env, decoder, test_prompts, others, announce)
+    samples = side_by_side(policies, env, decoder, test_prompts, others, announce, split)
     return tables(samples, policies, env, decoder, references, learned, costs)
 
 
@@ -59,9 +62,10 @@ def side_by_side(
     test_prompts: int,
     others: dict[str, Arm] | None = None,
     announce: Announce = LOG.info,
+    split: Split = "test",
 ) -> dict[str, list[Sample]]:
     """Return the samples of every arm of a table on the held-out prompts."""
-    prompts = encoded_prompts(env, "test", test_prompts)
+    prompts = encoded_prompts(env, split, test_prompts)
     plain = decoder.plain()
     arms: dict[str, Arm] = {"plain": decoded(plain, None), "plain again": decoded(plain, None)}
     if not decoder.clock.priced and in_process(decoder):

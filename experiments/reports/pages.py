@@ -156,13 +156,19 @@ class Page(Generic[R]):
         return self.read(path)[1]
 
 
-def add_page_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--out`` and ``--from-json``."""
+def add_page_arguments(
+    parser: argparse.ArgumentParser, out: Path | None = Path("runs/bench"), shown: str = "runs/bench"
+) -> None:
+    """Add ``--out`` and ``--from-json``.
+
+    Args:
+        out: default of ``--out``, which the help shows as ``shown``.
+    """
     parser.add_argument(
         "--out",
         type=output_folder,
-        default=Path("runs/bench"),
-        help="folder of the JSON file, the page and the picture (default runs/bench)",
+        default=out,
+        help=f"folder of the JSON file, the page and the picture (default {shown})",
     )
     parser.add_argument(
         "--from-json",

@@ -16,7 +16,7 @@ from spec_envs.experiments.measure.arms import Encoded
 from spec_envs.experiments.measure.live import encoded_prompts
 from spec_envs.experiments.work_folder import NOTE, claim
 from spec_envs.files import read_json
-from spec_envs.prompts.rows import SPLITS, Split
+from spec_envs.prompts.rows import FINAL, Split
 from spec_envs.prompts.sets import sets_named
 from spec_envs.prompts.templates import DATE
 from spec_envs.settings import Keywords
@@ -42,7 +42,8 @@ class Plan:
 
     Attributes:
         env: keyword arguments of the environment.
-        texts: numbers of training, validation and test texts.
+        texts: numbers of training, validation and held-out texts.
+        held_out: split of the held-out texts, ``"test"``, or ``"final"`` for published results alone.
 
     Raises:
         ValueError: there is nothing to record.
@@ -51,6 +52,7 @@ class Plan:
     env_id: str
     env: Keywords
     texts: tuple[int, int, int] = TEXTS
+    held_out: Split = "test"
 
     def __post_init__(self) -> None:
         if min(self.texts) < 0 or not any(self.texts):
@@ -68,7 +70,8 @@ class Plan:
         if given["drafter"] == "auto":
             given["drafter"] = control.default_drafter(self.target)
         control.check_drafter(str(given["drafter"]))
-        return {**given, "width": control.width, "max_depth": control.max_depth, "texts": list(self.texts)}
+        given |= {"width": control.width, "max_depth": control.max_depth, "texts": list(self.texts)}
+        return given if self.held_out == "test" else given | {"held_out": self.held_out}
 
     @property
     def target(self) -> str:
@@ -80,9 +83,10 @@ class Plan:
 
     def chosen(self) -> list[tuple[Split, Encoded]]:
         """Return split and prompt of every text; no prompt occurs twice."""
+        splits: tuple[Split, Split, Split] = ("train", "validation", self.held_out)
         found = [
             (split, prompt)
-            for split, count in zip(SPLITS, self.texts, strict=True)
+            for split, count in zip(splits, self.texts, strict=True)
             if count
             for prompt in encoded_prompts(self.env, split, count)
         ]
@@ -104,7 +108,8 @@ class Plan:
             depth = max(1, *control.depths) if control.width > 1 and not at_once else max(1, control.max_depth)
             sizes = {"k_max": max(2, longest)} if chain else {"max_depth": depth, "width": control.width}
             env = {key: value for key, value in self.env.items() if key in DEFAULTS}
-            found[name] = Plan("SpecK-v0" if chain else "SpecTree-v0", env | {"drafter": name} | sizes, self.texts)
+            env |= {"drafter": name} | sizes
+            found[name] = Plan("SpecK-v0" if chain else "SpecTree-v0", env, self.texts, self.held_out)
         return found
 
     def claim(self, folder: Path) -> None:
@@ -121,7 +126,8 @@ class Plan:
 def default_folder(plan: Plan, root: Path = Path("runs")) -> Path:
     """Return the default folder of a plan's trace. If another plan has claimed it, the name gets a suffix."""
     kind, settings = CONTROLS[plan.env_id].trace_kind, plan.settings
-    folder = root / "traces" / f"{Path(plan.target).name}-{kind}"
+    final = f"-{FINAL}" * (plan.held_out == FINAL)
+    folder = root / "traces" / f"{Path(plan.target).name}-{kind}{final}"
     note = folder / NOTE
     if note.exists() and read_json(note, f"delete {folder} and record the trace again") != settings:
         return folder.with_name(f"{folder.name}-{zlib.crc32(json.dumps(settings, sort_keys=True).encode()):08x}")

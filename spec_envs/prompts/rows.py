@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-Split = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test", "final"]
 SPLITS: tuple[Split, Split, Split] = ("train", "validation", "test")
-FINAL = "final"  # split of published results, which training, tuning and development never read
+FINAL: Split = "final"  # split of published results, which training, tuning and development never read
 NO_JSON = "it is not JSON"
 
 

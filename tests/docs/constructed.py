@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 from spec_envs.experiments.benchmark.arms import GRIDS
 from spec_envs.experiments.benchmark.findings import (
@@ -26,7 +27,7 @@ from spec_envs.experiments.comparisons.quality import PlainText, Quality
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.exits.evaluation import Acceptance
 from spec_envs.experiments.measure.machine import Machine
-from spec_envs.experiments.measure.results import ALONE, COPIES, Best, Divergence, Drift, Interval, Results, Row
+from spec_envs.experiments.measure.results import ALONE, COPIES, Best, Divergence, Drift, Interval, Priced, Results, Row
 from spec_envs.experiments.network import cloud_load, edge_cloud
 
 VERSIONS = {"torch": "2.8.0", "numpy": "2.0.0"}
@@ -222,6 +223,7 @@ def findings(env_id: str) -> Findings:
     live = results(
         ["static", *alone, *copied, *LEARNED, *rules], ["plain", "static", *alone, *copied], [*LEARNED, *rules]
     )
+    live.at_prices = Priced(arms=deepcopy(live.arms), costs=CURVES, source="measured when the run began")
     over = {name: OverStatic(*vars(row.over["static"]).values()) for name, row in live.arms.items()}
     ratios = {"ratio": interval(1.05), "over_pair": interval(1.04), "over_fastest": interval(1.0)}
     if copied:
@@ -231,16 +233,13 @@ def findings(env_id: str) -> Findings:
     return Findings(
         settings=FAST,
         checks=Checks(CURVES, MACHINE, Equality(40, 0, 0, 1.0), Speeds(100.0, 1e6, 1e4), RecordingCost(0.01, 0.02)),
-        references=References(
-            setting, 1.4, 1.01, 1.3, 1.08, setting, 1.0, *(([1, 6], 1.077, [4], 0.94) if copied else ())
-        ),
+        references=References(setting, 1.4, 1.01, 1.3, setting, 1.0, *(([1, 6], 1.077, [4], 0.94) if copied else ())),
         replay=dict.fromkeys(LEARNED, learned) | {name: Tuned(**ratios, settings={}, by_domain=1.0) for name in rules},
         hindsight_train_s=2.0,
         other_costs={"qwen3-14b-a6000": OtherCosts(setting, 1.02, 1.1)},
         few_texts=[FewTexts(1, 100, 1.0), FewTexts(3, 200, 1.06)],
         tasks={"gsm8k": 1.05},
         gap_share=0.3,
-        of_informed=0.98,
         live=live,
         arms=over,
         sampled=over,

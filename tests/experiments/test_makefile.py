@@ -104,6 +104,7 @@ def test_unread_variables_are_refused(make, target: str, given: str, named: str)
         ("drafter", {"KIND": "a b"}, ["drafter", "--kind", "a b"]),
         ("zoo-check", {"ARGS": "--sample 4"}, ["check", "zoo", "--sample", "4"]),
         ("chaos", {}, ["check", "chaos"]),
+        ("results", {"ARGS": "--ltd-seeds 0"}, ["results", "--ltd-seeds", "0"]),
     ],
 )
 def test_values_are_passed_unchanged(make, target: str, given: dict[str, str], expected: list[str]) -> None:

@@ -15,6 +15,7 @@ from spec_envs.decoding.drafters.names import DrafterName
 from spec_envs.decoding.traces.full_trees import level_slice
 from spec_envs.decoding.tree import ALTERNATIVES
 from spec_envs.files import is_file, whole, write_bytes
+from spec_envs.prompts.rows import Split
 
 VERSIONS = {"tree": 2, "chain": 3}  # chains of version 2 have no alternatives
 MANIFEST = "manifest.json"
@@ -50,7 +51,7 @@ class Recorded(msgspec.Struct, forbid_unknown_fields=True):
     """A recorded text: its task, its split, the ids of its prompt, and the number of emitted tokens."""
 
     task: str
-    split: Literal["train", "validation", "test"]
+    split: Split
     prompt: list[int]
     tokens: int
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from spec_envs.decoding.clock import CostTable, WallClock
 from spec_envs.decoding.decoder import Decoder
 from spec_envs.decoding.loading import DEFAULT_TARGET
+from spec_envs.prompts.rows import SPLITS
 
 MAX_NEW_TOKENS = 128  # default length of a text
-EVERY = "all"  # name of all splits, or of all prompt sets
+EVERY = "all"  # name of all splits but the final one, or of all prompt sets
 DEFAULTS: dict[str, Any] = {  # keyword arguments about models and prompts, with their defaults
     "target": DEFAULT_TARGET,
     "drafter": "auto",
@@ -43,7 +44,7 @@ class Problem(Protocol):
 
 
 class RecordedText(Protocol):
-    """A text of a recording. Its split is a name of ``prompts.sets.SPLITS``, or ``EVERY`` for a text of all splits."""
+    """A text of a recording. Its split is a name of ``prompts.rows.Split``, or ``EVERY`` for a text of all splits."""
 
     @property
     def task(self) -> str: ...
@@ -125,15 +126,15 @@ def chosen(recording: str, texts: Sequence[RecordedText], split: str, names: str
 
     Args:
         recording: its name, for error messages.
-        split: ``"train"``, ``"validation"``, ``"test"`` or ``"all"``.
+        split: ``"train"``, ``"validation"``, ``"test"``, ``"final"``, or ``"all"`` of them but the final one.
         names: prompt sets, or kinds of text of a profile, separated by commas; ``"all"`` is every one.
 
     Raises:
         ValueError: the recording has no such text.
     """
     tasks = tasks_named(names, {text.task for text in texts}, recording)
-    splits = (split, EVERY)
-    found = [i for i, text in enumerate(texts) if (split == EVERY or text.split in splits) and text.task in tasks]
+    splits = {split, EVERY} | (set(SPLITS) if split == EVERY else set())
+    found = [i for i, text in enumerate(texts) if text.split in splits and text.task in tasks]
     if not found:
         raise ValueError(f"the trace {recording!r} has no texts of the prompts {names!r} in the split {split!r}")
     return found

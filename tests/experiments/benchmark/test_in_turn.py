@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 import yaml
 
-from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.benchmark import replay
 from spec_envs.experiments.benchmark.arms import Problem, Training, samples_of, train, trained_policy
 from spec_envs.experiments.benchmark.problems import FAST, LTD
 from spec_envs.experiments.traces.plan import Plan
 from spec_envs.files import write_json
-from tests.support.recordings import COSTS, sizes
+from tests.support.recordings import COSTS, recorded_at_costs, sizes
 
 STEPS = 128
 
 
 @pytest.fixture(scope="module")
-def problem(traces: dict[str, Trace], plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> Problem:
-    """Return SpecDepth-v0 on a trace of the tiny models."""
+def problem(plans: dict[str, Plan], tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    """Return SpecDepth-v0 on a trace of the tiny models whose held-out texts are of the final split."""
+    trace = recorded_at_costs(replace(plans["tree"], held_out="final"), tmp_path_factory.mktemp("trace"))
     prices = tmp_path_factory.mktemp("prices") / "clock.json"
     write_json(prices, COSTS)
     env: dict[str, Any] = {"max_new_tokens": 20, **sizes(plans["tree"])}
-    return Problem("SpecDepth-v0", env, str(traces["tree"].folder), str(prices))
+    return Problem("SpecDepth-v0", env, str(trace.folder), str(prices))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_arm_decides_depth_and_budget_in_every_problem_of_trees(problem: Problem
         assert policy.control.costs is own.table
         partner = policy.control.partner
         assert partner and {policy.control.env_id, partner.control.env_id} == {"SpecDepth-v0", "SpecBudget-v0"}
-        samples = samples_of(own, policy, "test")
+        samples = samples_of(own, policy, "final")
         assert samples and all(sample.seconds > 0 for sample in samples)
         assert train(own, LTD, 0, STEPS, str(folder)) == trained  # it is not trained again
     # of the budget policy every decision is a cycle, of the depth policy some continue one

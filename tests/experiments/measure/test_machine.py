@@ -16,7 +16,7 @@ from tests.support import ROOT
 def test_revision_is_dirty_if_code_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages that were just written do not make the next measurement's revision dirty."""
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "code" / "machine.py"))
-    files = [tmp_path / name for name in ("code/machine.py", "docs/page.md", "README.md")]
+    files = [tmp_path / name for name in ("code/machine.py", "docs/page.md", "README.md", "RESULTS.md")]
     for path in files:
         path.parent.mkdir(exist_ok=True)
         path.write_text("a\n")
