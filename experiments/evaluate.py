@@ -29,13 +29,14 @@ from spec_envs.experiments.exits.evaluation import evaluate_exit
 from spec_envs.experiments.measure.encoding import load, to_json
 from spec_envs.experiments.measure.link_references import link_policies
 from spec_envs.experiments.measure.live import decoder_for, target_and_drafter
+from spec_envs.experiments.measure.lookup import lookup_policy
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.price_list import kept
-from spec_envs.experiments.measure.results import ALONE, COPIES, PAIR, Best, Results
+from spec_envs.experiments.measure.results import ALONE, COPIES, LOOKUP, PAIR, Best, Results
 from spec_envs.experiments.measure.static import (
     best_recorded,
     best_static,
-    pair_control,
+    pair_policy,
     policy_by_copies,
     search_in_words,
     static_policy,
@@ -100,7 +101,9 @@ def evaluate_run(
         if control.link:
             fixed |= link_policies(control, decoder, static)
         if static.pair and static.pair != static.best:
-            fixed |= {PAIR: static_policy(pair_control(control), static.pair)}
+            fixed |= {PAIR: pair_policy(control, static.pair)}
+        if static.lookup and not static.looks_up:
+            fixed |= {LOOKUP: lookup_policy(*static.lookup)}
         if static.alone and (without := without_alternatives(control)):
             fixed |= {ALONE: static_policy(without, static.alone)}
         if static.copied and static.copied != 2 * static.best:

@@ -42,10 +42,16 @@ from spec_envs.experiments.command import one_sentence
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.live import decoder_for
+from spec_envs.experiments.measure.lookup import lookup_policy
 from spec_envs.experiments.measure.machine import machine
 from spec_envs.experiments.measure.price_list import kept, price_list, training_prompts
-from spec_envs.experiments.measure.results import ALONE, COPIES, PAIR, Results
-from spec_envs.experiments.measure.static import pair_control, policy_by_copies, static_policy, without_alternatives
+from spec_envs.experiments.measure.results import ALONE, COPIES, LOOKUP, PAIR, Results, looked_up
+from spec_envs.experiments.measure.static import (
+    pair_policy,
+    policy_by_copies,
+    static_policy,
+    without_alternatives,
+)
 from spec_envs.experiments.measure.statistics import by_task, with_aa_check
 from spec_envs.experiments.measure.tables import run_tables
 from spec_envs.experiments.reports.pages import add_page_arguments
@@ -81,8 +87,10 @@ def measure(name: str, size: Size, root: Path) -> Findings:
     arms = trained(problem, name, size, folder) | ruled(problem, trace, size)
     rows = rows_of(arms, static)
     fixed = {"static": static_policy(control, static.setting)}
-    if static.pair != static.setting:
-        fixed[PAIR] = static_policy(pair_control(control), static.pair)
+    if tuple(static.pair) != static.setting:
+        fixed[PAIR] = pair_policy(control, static.pair)
+    if references.lookup and looked_up(static.pair) is None:
+        fixed[LOOKUP] = lookup_policy(*references.lookup)
     if references.alone and (without := without_alternatives(control)):
         fixed[ALONE] = static_policy(without, references.alone)
     if static.copied:
@@ -148,7 +156,7 @@ def decoded_live(
 ) -> Results:
     """Return the table of all arms on held-out prompts that are decoded live, and priced by the table that they were
     trained under. Agents that learn while they serve start from their initial state."""
-    fixed = [name for name in ("static", PAIR, ALONE, COPIES) if name in policies]
+    fixed = [name for name in ("static", PAIR, ALONE, COPIES, LOOKUP) if name in policies]
     learned = [name for name in policies if name not in fixed]
 
     def measure(count: int) -> Results:

@@ -145,12 +145,15 @@ class References:
 
     Attributes:
         static: values of S*, of all that the environment lets be decided.
-        pair: the best static setting of the pair of models, of all depths and budgets, or chain lengths.
+        pair: the best static setting of the pair of models, of all depths and budgets, or chain lengths, or ``lookup:K``
+            where chains of K tokens by prompt lookup alone are faster on training texts.
         pair_over_static: what that one makes.
         copied, copied_over_static: the best two lengths of chains, of cycles whose first token the draft model drafts and
             of those whose first token is a copy, and what they make; None where chains do not begin with copies.
         alone, alone_over_static: the best chain length without the alternatives that are verified beside chains, and what it
             makes; None where there are none.
+        lookup, lookup_over_static: the best chain length of prompt lookup alone, and what it makes; None where it is the
+            drafter itself.
         per_task_over_static: the best static setting of each task.
         clairvoyant: the clairvoyant optimum.
     """
@@ -165,6 +168,8 @@ class References:
     copied_over_static: float | None = None
     alone: list[int] | None = None
     alone_over_static: float | None = None
+    lookup: list[int] | None = None
+    lookup_over_static: float | None = None
 
 
 @dataclass(kw_only=True)

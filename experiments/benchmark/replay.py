@@ -19,7 +19,15 @@ from spec_envs.experiments.benchmark.scale_out import mapped
 from spec_envs.experiments.config import load_experiment
 from spec_envs.experiments.measure.arms import Sample
 from spec_envs.experiments.measure.bounds import Bounds
-from spec_envs.experiments.measure.static import best_alone, best_by_copies, pair_control, without_alternatives
+from spec_envs.experiments.measure.static import (
+    best_alone,
+    best_by_copies,
+    best_lookup,
+    best_of_pair,
+    pair_control,
+    seconds_of_pair,
+    without_alternatives,
+)
 from spec_envs.experiments.measure.statistics import over_texts_and_seeds, throughput
 
 
@@ -29,7 +37,7 @@ class Static(NamedTuple):
 
     Attributes:
         setting: of all that the environment lets be decided.
-        pair: of all that the pair of models offers.
+        pair: of all that the pair of models offers, and of prompt lookup alone.
         copied: two lengths of chains, without a copy at the beginning and with one; None with its seconds where chains do
             not begin with copies.
     """
@@ -57,15 +65,14 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
         Bounds(trace, pair_control(control), table, trace.of_split(split), size.tokens)
         for split in ("train", size.held_out)
     )
-    train_seconds, seconds, pair = bounds.static(), test.static(), whole.best(whole.static())
+    train_seconds, seconds, pair = bounds.static(), test.static(), best_of_pair(whole)
     best, own_best = bounds.best(train_seconds), bounds.best_by_task(train_seconds)
-    names, others = bounds.plans.names, whole.plans.names
-    copied = best_by_copies(whole)
+    copied, lookup = best_by_copies(whole), best_lookup(whole)
     static = Static(
-        names[best],
+        bounds.plans.names[best],
         seconds[:, best],
-        others[pair],
-        held_out.static()[:, pair],
+        pair,
+        seconds_of_pair(held_out, pair),
         int(test.tokens.sum()),
         copied,
         None if copied is None else held_out.by_copies()[:, copied[0], copied[1]],
@@ -85,6 +92,8 @@ def bounded(problem: Problem, trace: Trace, size: Size) -> tuple[Static, Referen
         per_task_over_static=total / per_task,
         alone=alone,
         alone_over_static=slower,
+        lookup=lookup,
+        lookup_over_static=total / float(held_out.by_lookup()[:, lookup[0]].sum()) if lookup else None,
         copied=copied,
         copied_over_static=None if static.copied_seconds is None else total / float(static.copied_seconds.sum()),
         clairvoyant=total / test.clairvoyant().sum(),

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from spec_envs.controls.base import Setting
 from spec_envs.experiments.benchmark.findings import Benchmark, FewTexts, Findings, Learned, Tuned
-from spec_envs.experiments.measure.results import AGAIN, ALONE, COPIES, PAIR, Results
+from spec_envs.experiments.measure.results import AGAIN, ALONE, COPIES, LOOKUP, PAIR, Results
 from spec_envs.experiments.reports.figures import draw_ratios, drawn
 from spec_envs.experiments.reports.pages import Page, definitions, table
 from spec_envs.experiments.reports.report import lengths_in_words, markdown, setting_name
 
-NOT_ADAPTIVE = ("plain", "plain again", "static", "static again", PAIR, ALONE, COPIES)
+NOT_ADAPTIVE = ("plain", "plain again", "static", "static again", PAIR, ALONE, COPIES, LOOKUP)
 DETECTED = (1.96 + 0.84) / (2 * 1.96)  # least difference that is told with a power of 0.8, of the width of its interval
 
 
@@ -49,9 +49,10 @@ def headroom(results: dict[str, Findings]) -> list[str]:
     lines = [
         "Throughput on held-out texts, replayed under this machine's costs. S* is the best static setting, chosen on "
         "training texts, of all that the environment lets be decided, with alternatives beside chains where it verifies "
-        "them; *without alternatives* is the best length of chains alone. The pair's S* is that of all depths and budgets, or "
-        "chain lengths; S* by copies are the two best chain lengths, of cycles whose first token the draft model drafts and "
-        "of those whose first token is a copy. C* is the clairvoyant optimum, which no policy can reach. Environments that "
+        "them; *without alternatives* is the best length of chains alone, *lookup* that of chains which prompt lookup copies, "
+        "without a model. The pair's S* is that of all depths and budgets, or chain lengths, or lookup where that is faster "
+        "on training texts; S* by copies are the two best chain lengths, of cycles whose first token the draft model drafts "
+        "and of those whose first token is a copy. C* is the clairvoyant optimum, which no policy can reach. Environments that "
         "replay the same trace have one price list: what forwards cost on this machine. *Per task* is the best static "
         "setting of each task. The last column is "
         "below 0 if `hindsight` is slower than S*.",
@@ -63,12 +64,14 @@ def headroom(results: dict[str, Findings]) -> list[str]:
         ratios = (beyond.static_over_plain, beyond.per_task_over_static, beyond.clairvoyant)
         pair = f"{named(beyond.pair)}: {beyond.pair_over_static:.3f}"
         copied = f"{lengths_in_words(beyond.copied)}: {beyond.copied_over_static:.3f}" if beyond.copied else ""
+        lookup = f"{named(beyond.lookup)}: {beyond.lookup_over_static:.3f}" if beyond.lookup else ""
         alone = f"{named(beyond.alone)}: {beyond.alone_over_static:.3f}" if beyond.alone else ""
         cells = [
             f"`{env_id}`",
             named(beyond.static),
             pair,
             alone,
+            lookup,
             copied,
             *(f"{ratio:.3f}" for ratio in ratios),
             f"{found.learned['hindsight'].ratio:.3f}",
@@ -80,6 +83,7 @@ def headroom(results: dict[str, Findings]) -> list[str]:
         "S*",
         "the pair's S* over S*",
         "without alternatives",
+        "lookup",
         "S* by copies over S*",
         "S* over plain",
         "S* per task",

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
+import torch
 
 from spec_envs.controls.base import Control
 from spec_envs.decoding import catch_up
 from spec_envs.decoding.clock import CostTable
+from spec_envs.decoding.drafters.lookup import LookupDrafter
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.vector.cycles import CycleTable
 from spec_envs.vector.prices import prices
@@ -74,6 +78,41 @@ class Bounds:
         count = len(self.plans.sizes)
         plan, copied = np.divmod(np.arange(count * count), count)
         return self._repeated(plan, copied).reshape(len(self.texts), count, count)
+
+    def by_lookup(self) -> np.ndarray:
+        """Return the seconds of every text under prompt lookup alone (the drafter ``lookup``), ``[texts, k]``, for chains
+        of 0 tokens to as many as the control drafts. A cycle in which nothing can be copied is a plain step."""
+        copied, right = self._looked_up
+        k = np.arange(self.control.max_depth + 2)
+        verify = prices([self.table], "verify", len(k))[0]
+        row, last = (np.repeat(rows[:, None], len(k), 1) for rows in (self.first, self.last))
+        seconds = np.zeros(row.shape)
+        while (alive := row < last).any():
+            seconds += alive * verify[np.minimum(copied[row], k) + 1]
+            row = row + np.minimum(np.minimum(right[row], k) + 1, last - row)
+        return seconds
+
+    @cached_property
+    def _looked_up(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that prompt lookup copies at most at every row of the trace, and how many of the first ones are the
+        text's; 0 for other texts.
+
+        The drafter copies them anew, because a trace of ``lookup+MODEL`` has other copies: those after two or more
+        matching tokens, of up to four that are looked up at once, and where a place reaches the end of the text they go
+        on at another. Prompt lookup alone copies after one matching token, too, looks up three, and ends there.
+        """
+        drafter = LookupDrafter(self.trace.manifest.vocab, self.trace.manifest.context)
+        tokens, rng = self.trace.columns["tokens"], np.random.default_rng()
+        copied, right = np.zeros((2, self.trace.rows), np.int64)
+        for i, first, last in zip(self.texts, self.first.tolist(), self.last.tolist(), strict=True):
+            drafter.start([*self.trace.texts[i].prompt, int(tokens[first])], 0, torch.empty(0), rng)
+            answer = tokens[first : self.trace.starts[i + 1]].tolist()
+            for at in range(last - first):
+                chain, ahead = drafter.ahead(self.control.max_depth + 1), answer[at + 1 :]
+                same = (ours == theirs for ours, theirs in zip(chain, ahead, strict=False))
+                copied[first + at], right[first + at] = len(chain), sum(takewhile(bool, same))
+                drafter.commit(ahead[:1], torch.empty(0))
+        return copied, right
 
     def _repeated(self, plan: np.ndarray, copied: np.ndarray) -> np.ndarray:
         """Return the seconds ``[texts, n]`` of every text under plans ``[n]`` that all its cycles follow, except that

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from spec_envs.controls.base import Setting
+from spec_envs.decoding.drafters import names
 from spec_envs.experiments.measure.encoding import Inline
 from spec_envs.experiments.measure.machine import Machine
 
-PAIR = "pair's static"  # arm of the best static setting of the pair of models, where it is another one
+PAIR = "pair's static"  # arm of the best static setting of the pair or of lookup alone, where it is another one
 ALONE = "static without alternatives"  # arm of the best chain length where no alternatives are verified beside chains
 COPIES = "static by copies"  # arm of the best two chain lengths, where chains may begin with copies
+LOOKUP = "static lookup"  # arm of the best chain length of prompt lookup alone
 AGAIN = " again"  # ends the name of the second measurement of an arm
 QUIET = 0.05  # bounds of the A/A interval around 1 within which timings are trusted
 
 Histogram = dict[str, dict[str, int]]
 """Counts of each setting that was chosen, by task or by state of a link."""
+
+
+def looked_up(setting: Sequence[Setting]) -> int | None:
+    """Return K where a static setting is ``lookup:K``, prompt lookup alone; None where it is another one."""
+    drafter, _, k = str(setting[0]).partition(":")
+    return int(k) if drafter == names.LOOKUP else None
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,10 @@ class Best:
         best_k: over a link, the best choice that varies only how much of each distribution is sent.
         per_state: over a Markov link without loss, the best choice for each of its states.
         pace: over a link, the estimated throughput of the best of these policies.
-        pair: the best setting of the pair of models, whatever the environment lets its agent decide; None where it was
-            not searched for.
+        pair: the best setting of the pair of models, whatever the environment lets its agent decide, or ``lookup:K``
+            where chains of K tokens by prompt lookup alone are faster; None where it was not searched for.
+        lookup: the best chain length of prompt lookup alone; None where it is the drafter itself, or where it was not
+            searched for.
         alone: where alternatives are verified beside chains, the best length without them.
         copied: where chains may begin with copies, their best two lengths: of cycles whose first token the draft model
             drafts, and of those whose first token is a copy; None elsewhere, or where they were not searched for.
@@ -62,6 +72,12 @@ class Best:
     pair: list[Setting] | None = None
     copied: list[int] | None = None
     alone: list[int] | None = None
+    lookup: list[int] | None = None
+
+    @property
+    def looks_up(self) -> bool:
+        """True if the best setting of the pair is prompt lookup alone."""
+        return self.pair is not None and looked_up(self.pair) is not None
 
 
 @dataclass(kw_only=True)

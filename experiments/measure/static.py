@@ -15,15 +15,16 @@ from spec_envs.controls.k import KControl, chains_of
 from spec_envs.controls.tree import TreeControl
 from spec_envs.decoding.clock import CostTable, PricedClock
 from spec_envs.decoding.decoder import in_process
-from spec_envs.decoding.drafters.names import DrafterName
+from spec_envs.decoding.drafters.names import LOOKUP, DrafterName
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.command import about
 from spec_envs.experiments.measure import link_references
 from spec_envs.experiments.measure.arms import decoded, run_arms
 from spec_envs.experiments.measure.bounds import Bounds
 from spec_envs.experiments.measure.live import decoder_for, encoded_prompts
+from spec_envs.experiments.measure.lookup import lookup_policy
 from spec_envs.experiments.measure.price_list import prices
-from spec_envs.experiments.measure.results import Best
+from spec_envs.experiments.measure.results import Best, looked_up
 from spec_envs.experiments.measure.statistics import throughput
 from spec_envs.experiments.reports.report import setting_name
 from spec_envs.settings import Keywords
@@ -79,8 +80,8 @@ def best_static(env: Keywords, control: Control, costs: CostTable | None = None)
 
 def best_recorded(trace: Trace, control: Control, table: CostTable, max_new_tokens: int) -> Best:
     """Return the static setting of a control that is fastest on the training texts of a trace, of all that it offers, and
-    the one of the pair of models, of all depths and budgets of a tree or of all lengths of a chain; where chains may begin
-    with copies, also the best two lengths."""
+    the one of the pair of models, of all depths and budgets of a tree or of all lengths of a chain, drafted as recorded or
+    by prompt lookup alone; where chains may begin with copies, also the best two lengths."""
     texts, pair = trace.of_split("train"), pair_control(control)
     own, whole = (Bounds(trace, each, table, texts, max_new_tokens) for each in (control, pair))
     rates = own.throughput(own.static())
@@ -92,10 +93,42 @@ def best_recorded(trace: Trace, control: Control, table: CostTable, max_new_toke
     return Best(
         best=list(best),
         tokens_per_second=tried,
-        pair=list(whole.plans.names[whole.best(whole.static())]),
+        pair=best_of_pair(whole),
         copied=best_by_copies(own),
         alone=best_alone(trace, control, table, max_new_tokens),
+        lookup=best_lookup(whole),
     )
+
+
+def best_of_pair(bounds: Bounds) -> list[Setting]:
+    """Return the setting that is fastest over all texts, of all that the control of a pair offers and of prompt lookup
+    alone, whose chains of K tokens are the setting ``lookup:K``."""
+    drafted, lookup = bounds.static(), best_lookup(bounds)
+    best = bounds.best(drafted)
+    if lookup and bounds.by_lookup()[:, lookup[0]].sum() < drafted[:, best].sum():
+        return [f"{LOOKUP}:{lookup[0]}"]
+    return list(bounds.plans.names[best])
+
+
+def seconds_of_pair(bounds: Bounds, setting: Sequence[Setting]) -> np.ndarray:
+    """Return the seconds ``[texts]`` of every text under a setting of ``best_of_pair``."""
+    if (k := looked_up(setting)) is not None:
+        return bounds.by_lookup()[:, k]
+    return bounds.static()[:, [list(name) for name in bounds.plans.names].index([*map(int, setting)])]
+
+
+def pair_policy(control: Control, setting: Sequence[Setting]) -> Policy:
+    """Return the policy that uses a setting of ``best_of_pair`` in every cycle; ``control`` is of the same drafts."""
+    k = looked_up(setting)
+    return static_policy(pair_control(control), setting) if k is None else lookup_policy(k)
+
+
+def best_lookup(bounds: Bounds) -> list[int] | None:
+    """Return the chain length that is fastest over all texts if prompt lookup alone drafts; None where it is the drafter
+    that was recorded."""
+    if bounds.trace.manifest.drafter == LOOKUP:
+        return None
+    return [bounds.best(bounds.by_lookup())]
 
 
 def best_alone(trace: Trace, control: Control, table: CostTable, max_new_tokens: int) -> list[int] | None:

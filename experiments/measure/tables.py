@@ -73,7 +73,7 @@ def side_by_side(
     decoders = []
     for name, policy in policies.items():
         for arm in (name, f"{name}{AGAIN}") if name == "static" and not decoder.clock.priced else (name,):
-            decoders.append(decoder.separate())
+            decoders.append(policy.control.separate(decoder))
             arms[arm] = decoded(decoders[-1], policy)
     try:
         return run_arms(arms, prompts, env.get("max_new_tokens", 128), "held-out prompts", announce=announce)

@@ -16,7 +16,7 @@ from spec_envs.agents import AGENTS
 from spec_envs.arguments import input_file, output_folder
 from spec_envs.experiments.measure.encoding import from_json, to_json
 from spec_envs.experiments.measure.machine import Machine
-from spec_envs.experiments.measure.results import ALONE, COPIES, PAIR
+from spec_envs.experiments.measure.results import ALONE, COPIES, LOOKUP, PAIR
 from spec_envs.files import read_json, whole, write_json
 
 R = TypeVar("R")
@@ -26,8 +26,10 @@ ARMS = {  # what an arm is, for the pages
     "plain again": "plain decoding once more, for the [A/A check](index.md#how-a-number-is-made).",
     "static": "the best static setting of the problem: one value for each of its choices, chosen on training prompts "
     "and used in every cycle.",
-    PAIR: "the best static setting of the pair of models, of all depths and budgets or chain lengths, whatever the environment "
-    "lets its agent decide.",
+    PAIR: "the best static setting of the pair of models, of all depths and budgets or chain lengths, or of prompt lookup "
+    "alone where that is faster on training texts, whatever the environment lets its agent decide.",
+    LOOKUP: "prompt lookup alone, without the draft model or the head, at its best chain length; where nothing can be copied "
+    "a cycle is a plain step.",
     ALONE: "the best length of chains alone, without the alternatives that are verified beside them.",
     COPIES: "the best two chain lengths, one for cycles whose first token is a copy and one for the others, chosen on training texts.",
     "static again": "the best static setting once more, for the A/A check as well.",

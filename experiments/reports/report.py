@@ -95,6 +95,9 @@ def notes(results: Results) -> list[str]:
         lines.append(f"Best static setting on training prompts: {max(rates, key=rates.__getitem__)}.")
         if results.static.copied:
             lines.append(f"Best two lengths on training prompts: {lengths_in_words(results.static.copied)}.")
+        if results.static.lookup:
+            so = ", which is the pair's static" if results.static.looks_up else ""
+            lines.append(f"Best length of prompt lookup alone on training prompts: k {results.static.lookup[0]}{so}.")
         lines += order_notes(results, results.static.fixed_order)
     lines.append(results.aa_check())
     if results.link:

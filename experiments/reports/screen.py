@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from spec_envs.experiments.measure.results import COPIES, PAIR, Exit, Interval, Results, Row
+from spec_envs.experiments.measure.results import COPIES, LOOKUP, PAIR, Exit, Interval, Results, Row
 from spec_envs.experiments.reports.report import COLLAPSED, arms_tables, lengths_in_words, most_used
 
 WIDTH = 100  # characters of a line of words
@@ -15,7 +15,8 @@ SHOWN = 3  # most settings that a sentence names
 ARMS = {
     "plain": "the target alone, one token per forward",
     "plain again, static again": "once more, to show the noise of the timing",
-    PAIR: "the best of all depths and budgets, or chain lengths, whatever the environment lets its agent decide",
+    PAIR: "the best of all depths and budgets, or chain lengths, and of lookup alone, whatever the agent may decide",
+    LOOKUP: "the best chain length of prompt lookup alone, without the model",
     COPIES: "the best two chain lengths, one for cycles whose first token is a copy and one for the others",
     "transformers generate": "another library, same weights",
     "untrained exit": "chains of the exit before learning",
@@ -33,6 +34,7 @@ def sentences(results: Results) -> list[str]:
         against = {
             "static": "the best static setting",
             PAIR: "the best of the pair",
+            LOOKUP: "lookup alone",
             COPIES: "the best two lengths by copies",
             "fixed order": "the best fixed order",
             "random": "random decisions",
@@ -122,6 +124,10 @@ def legend(results: Results) -> list[str]:
         )
         if results.static.copied:
             known[COPIES] += f" ({lengths_in_words(results.static.copied)})"
+        if results.static.lookup:
+            known[LOOKUP] += (length := f" (k {results.static.lookup[0]})")
+            if results.static.looks_up:
+                known[PAIR] += f", which is lookup{length}"
     shown = {*results.arms, *(results.at_prices.arms if results.at_prices else ())}
     return [f"{names}: {what}" for names, what in known.items() if names.partition(",")[0] in shown]
 

@@ -263,6 +263,10 @@ class Control(ABC):
         """Open the recording of that name in place of models; a control that needs a certain one overrides it."""
         return recordings.load(trace).decoder(self, clock)
 
+    def separate(self, decoder: Engine) -> Engine:
+        """Return an engine on which an arm of a comparison decodes under this control; see ``Engine.separate``."""
+        return decoder.separate()
+
     def plans(self) -> Plans:
         """Return every way in which a cycle can continue.
 

@@ -117,6 +117,11 @@ def test_incomplete_data_are_refused_in_one_sentence(tmp_path: Path, monkeypatch
     assert page.read_bytes() == before
 
 
+def test_page_of_the_benchmark_has_lookup_alone(tmp_path: Path) -> None:
+    page = BENCHMARK.PAGE.write(Benchmark(problems={"SpecK-v0": findings("SpecK-v0")}, fast=False), tmp_path / "x.json")
+    assert "| k 3: 0.830 |" in page and "- `static lookup`: prompt lookup alone" in page
+
+
 def test_small_version_says_so_and_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = Benchmark(problems={"SpecK-v0": findings("SpecK-v0")}, fast=True)
     assert "too few texts and seeds" in BENCHMARK.PAGE.write(small, tmp_path / "x.json")

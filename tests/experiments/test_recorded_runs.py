@@ -16,10 +16,12 @@ from spec_envs.decoding.clock import CostTable
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments import train
 from spec_envs.experiments.config import load_experiment
+from spec_envs.experiments.evaluate import evaluate_run
 from spec_envs.experiments.measure.bounds import Bounds
 from spec_envs.experiments.measure.machine import this_machine
-from spec_envs.experiments.measure.results import COPIES, PAIR, Best
+from spec_envs.experiments.measure.results import COPIES, LOOKUP, PAIR, Best
 from spec_envs.experiments.measure.static import best_recorded, weighable
+from spec_envs.experiments.reports.screen import screen
 from spec_envs.sealed import read_sealed, write_sealed
 from tests.support.recordings import COSTS
 from tests.support.runs import SMALL as FEW_LESSONS
@@ -61,23 +63,40 @@ def test_all_of_a_run_has_the_prices_of_its_trace(root: Path) -> None:
 
 
 def test_static_settings_are_the_best_of_all_on_the_training_texts(root: Path) -> None:
-    """At a budget of 2 the environment offers three depths, the pair all depths and budgets."""
+    """At a budget of 2 the environment offers three depths, the pair all depths and budgets and prompt lookup alone,
+    which the tiny texts, full of repetitions, make the fastest."""
     trace, chosen = trace_in(root), read_sealed(root / "SpecDepth-v0" / "ppo-0" / "static.json", "")
-    for keywords, best in (({"budget": 2}, chosen["best"]), ({}, chosen["pair"])):
-        control = make_control("SpecDepth-v0" if keywords else "SpecTree-v0", {"max_depth": 3, "width": 3} | keywords)
-        bounds = Bounds(trace, control, trace.costs(), trace.of_split("train"), 16)
-        rates = bounds.throughput(bounds.static())
-        assert tuple(best) == bounds.plans.names[int(np.argmax(rates))]
+    control = make_control("SpecDepth-v0", {"max_depth": 3, "width": 3, "budget": 2})
+    bounds = Bounds(trace, control, trace.costs(), trace.of_split("train"), 16)
+    assert tuple(chosen["best"]) == bounds.plans.names[int(np.argmax(bounds.throughput(bounds.static())))]
     assert chosen["best"][1] == 2 and len(chosen["tokens_per_second"]) == 3
-    arms = json.loads((root / "SpecDepth-v0" / "ppo-0" / "results.json").read_text())["arms"]
-    assert (PAIR in arms) == (chosen["best"] != chosen["pair"])
-    assert "over_static" in arms["ppo"] and ("over_" + PAIR in arms["ppo"]) == (PAIR in arms)
+    assert chosen["pair"] == [f"lookup:{bounds.best(bounds.by_lookup())}"]
+
+
+@pytest.mark.parametrize("pair", ["lookup alone", "another tree", "the same tree"])
+def test_arms_of_static_settings_are_left_out_where_they_are_the_same(pair: str, root: Path, tmp_path: Path) -> None:
+    run, own = root / "SpecDepth-v0" / "ppo-0", tmp_path / "ppo-0"
+    shutil.copytree(run, own)
+    chosen = read_sealed(own / "static.json", "")
+    chosen |= {"pair": {"another tree": [0, 3], "the same tree": chosen["best"]}.get(pair, chosen["pair"])}
+    write_sealed(own / "static.json", chosen)
+    results = evaluate_run(own, {}, 2)
+    arms = results.arms
+    assert (PAIR in arms) == (pair != "the same tree") and (LOOKUP in arms) == (pair != "lookup alone")
+    for name in {PAIR, LOOKUP} & set(arms):
+        assert name in results.references and name in arms["ppo"].over
+        priced = results.at_prices.arms[name] if results.at_prices else None
+        assert priced and (priced.parts["draft"] == 0) == (name == LOOKUP or pair == "lookup alone")
+    said = " ".join(screen(results, own, "", own).split())
+    assert ("lookup alone, whatever the agent may decide, which is lookup (k 1)" in said) == (pair == "lookup alone")
+    assert ("prompt lookup alone, without the model (k 1)" in said) == (pair != "lookup alone")
 
 
 def test_both_static_settings_may_be_the_same(root: Path) -> None:
     trace = trace_in(root)
     control = make_control("SpecTree-v0", {"max_depth": 3, "width": 3})
-    best = best_recorded(trace, control, trace.costs(), 16)
+    free = CostTable("free drafts", trace.costs().verify, {1: 1e-9})
+    best = best_recorded(trace, control, free, 16)
     assert best.best == best.pair and len(best.tokens_per_second) == 4 * len(control.budgets)
     assert not weighable(make_control("SpecBudget-v0", {"depth": "random"}))
     assert not weighable(make_control("SpecK-v0", {"adjustment_interval": 64}))

@@ -15,8 +15,9 @@ import pytest
 
 from spec_envs.agents.baselines.copy_k import CopyKAgent
 from spec_envs.agents.baselines.fixed import FixedAgent
-from spec_envs.controls import make_control
-from spec_envs.decoding.clock import CostTable
+from spec_envs.controls import Control, make_control
+from spec_envs.decoding.clock import CostTable, PricedClock
+from spec_envs.decoding.loading import load_decoder
 from spec_envs.decoding.traces.trace import Trace
 from spec_envs.experiments.measure.bounds import Bounds
 from spec_envs.experiments.measure.static import best_by_copies
@@ -45,6 +46,12 @@ def settings(bounds: Bounds) -> list[int | str]:
     """Return the setting of each plan in the form that ``FixedAgent`` expects."""
     by_name = {"depth": lambda d, b: d, "budget": lambda d, b: b, "tree": lambda d, b: f"{d}x{b}", "k": lambda k: k}
     return [by_name[bounds.control.name](*name) for name in bounds.plans.names]
+
+
+def drafting(name: str) -> Control:
+    """Return the control of the trees or chains in a trace."""
+    trees = "tree" in name
+    return make_control("tree", {"max_depth": 4, "width": 4}) if trees else make_control("k", {"k_max": 6})
 
 
 class TextReplay:
@@ -180,3 +187,35 @@ def test_two_lengths_are_of_chains_that_may_begin_with_copies(
     env_id: str, name: str, keywords: dict[str, Any], traces: dict[str, Trace]
 ) -> None:
     assert best_by_copies(Bounds(traces[name], make_control(env_id, keywords), TABLE, [0, 1], 20)) is None
+
+
+@pytest.mark.parametrize("name", ["copies", "chain", "tree", "copied tree"])
+def test_lookup_alone_costs_what_its_own_recording_does(name: str, traces: dict[str, Trace]) -> None:
+    """The texts are the same in every trace; what ``lookup`` drafts at each token was recorded in one of them."""
+    texts, control = range(len(traces[name].texts)), drafting(name)
+    bounds = Bounds(traces[name], control, TABLE, texts, 20)
+    recorded = Bounds(traces["lookup"], drafting("lookup"), TABLE, texts, 20)
+    assert (np.asarray(traces[name].columns["tokens"]) == traces["lookup"].columns["tokens"]).all()
+    found = bounds.by_lookup()
+    np.testing.assert_allclose(found, recorded.static()[:, : control.max_depth + 2], rtol=1e-9)
+    assert len(np.unique(found.sum(0).round(9))) > 3  # longer chains are other chains
+
+
+def test_copies_before_a_model_are_others_than_those_of_lookup_alone(traces: dict[str, Trace]) -> None:
+    """Such copies need two matching tokens; after one, lookup alone copies where the model drafts."""
+    own, before = traces["lookup"].columns["copied"], traces["copies"].columns["copied"]
+    assert (before[:, 0] <= own[:, 0]).all() and before[:, 0].sum() < own[:, 0].sum()
+
+
+@pytest.mark.parametrize("name", ["copies", "copied tree"])
+def test_lookup_alone_is_what_decoding_with_it_costs(name: str, traces: dict[str, Trace], tiny: dict[str, Any]) -> None:
+    trace, control, texts = traces[name], drafting(name), [1, 5]
+    one = CostTable("one", {1: 1.0, 40: 1.0}, {1: 0.5})  # seconds are cycles
+    seconds, cycles = (Bounds(trace, control, table, texts, 20).by_lookup() for table in (TABLE, one))
+    decoder = load_decoder(tiny["target"], "lookup", "cpu", "float32", clock=PricedClock(TABLE), width=1, max_depth=4)
+    for (i, text), k in itertools.product(enumerate(texts), (0, 1, 4)):
+        decoder.start(trace.texts[text].prompt, 20, np.random.default_rng(0))
+        while not decoder.finished:
+            decoder.cycle(k)
+        assert len(decoder.cycles) == cycles[i, k]
+        assert sum(decoder.clock.totals.values()) - decoder.clock.totals["prefill"] == pytest.approx(seconds[i, k])
