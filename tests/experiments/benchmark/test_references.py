@@ -19,10 +19,8 @@ from tests.support.recordings import COSTS
 
 @pytest.mark.parametrize("draft", [1e-9, 1.0])
 def test_static_of_a_pair_is_lookup_where_that_is_faster(
-    draft: float, traces: dict[str, Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    draft: float, traces: dict[str, Trace], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(replay, "informed", lambda *_: [], raising=False)  # it takes long
-    monkeypatch.setattr(replay, "total_seconds", lambda _: 1.0)
     trace, env = traces["copies"], {"max_new_tokens": 20, "k_max": 6, "decision": "token"}
     write_json(
         tmp_path / "costs.json", {"verify": {1: COSTS["verify"][1], 50: COSTS["verify"][1]}, "draft": {1: draft}}
