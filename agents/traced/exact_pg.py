@@ -25,9 +25,9 @@ class ExactPGAgent(TracedAgent):
     token costs at that place of the text, in units of the mean, so that what is summed are the seconds that are saved.
 
     P is the product of the policy's choices that lead to a plan. No action is drawn, so the gradient has no variance
-    but that of the cycles in a batch. λ, the worth of a second, is ΣE[cost · N] / ΣE[T] so far (Dinkelbach 1967). The policy
-    is valid for the cost table that it was trained under. It is policy gradient (Williams 1992) where the expectation
-    can be summed instead of sampled.
+    but that of the cycles in a batch. λ, the worth of a second, is ΣE[cost · N] / ΣE[T] so far (Dinkelbach 1967). The
+    policy is valid for the cost table that it was trained under. It is policy gradient (Williams 1992) where the
+    expectation can be summed instead of sampled.
 
     Args:
         control, hyperparameters: those of ``TracedAgent``.

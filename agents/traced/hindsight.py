@@ -34,17 +34,18 @@ class HindsightAgent(TracedAgent):
     chains) and what a token costs at this place of the text, c, in units of the mean; and follows the plan with the
     most cA − λT, T being its remaining seconds under a cost table.
 
-    λ is the throughput that the policy itself reaches, with tokens weighed by c, found by Dinkelbach's iteration (1967) on cycles that are kept
-    with the weights: another table needs another λ, not another training. ``price(table)`` sets it.
+    λ is the throughput that the policy itself reaches, with tokens weighed by c. It is found by Dinkelbach's iteration
+    (1967) on cycles that are kept with the weights: another table needs another λ, not another training.
+    ``price(table)`` sets it.
 
     A trace holds what every action would have led to, so nothing is explored: the network is fitted to all plans of
     every cycle at once, by the likelihood of their outcomes. While a cycle continues the agent
     predicts again, so that it stops where its first plan turns out too hopeful.
 
-    It decides by a decision tree that imitates its network on the cycles that are kept, each
-    decision weighing as much as the best action is worth more than the second best (VIPER, Bastani et al. 2018, arXiv
-    1805.08328). The tree takes a fraction of the network's time, and is fitted anew under every cost table; with
-    ``comparisons=0`` the network decides.
+    It decides by a decision tree that imitates its network on the cycles that are kept, where a decision weighs as much
+    as the best action is worth more than the second best (VIPER, Bastani et al. 2018, arXiv 1805.08328, has the worst in
+    place of the second best). The tree takes a fraction of the network's time, and is fitted anew under every cost
+    table; with ``comparisons=0`` the network decides.
 
     Args:
         control, hyperparameters: those of ``TracedAgent``.
@@ -96,7 +97,7 @@ class HindsightAgent(TracedAgent):
         from sklearn.tree import DecisionTreeClassifier  # imported here, because it takes a second
 
         level, size = np.arange(seen.shape[1]), self.plans.sizes[self._chosen(seen)][:, None]
-        met = seen[(level >= self.plans.first) & (level <= size) if self.plans.stepwise else level >= 0 * size]
+        met = seen[(self.plans.first <= level) & (level <= size)] if self.plans.stepwise else seen[:, 0]
         tree = DecisionTreeClassifier(max_depth=self.settings.comparisons, random_state=self.settings.seed)
         return Nodes.fitted(tree.fit(met, self.actions(met), sample_weight=self.stakes(met)))
 
@@ -226,4 +227,5 @@ class HindsightAgent(TracedAgent):
         self.describe(int(state["block"]) if "block" in state else None, int(state.get("copied", 0)))
         kept = {name: state[name].astype(np.float32) for name in Lessons._fields if name in state}
         self.kept, self.table = Lessons(**kept, begun=np.zeros(len(kept["seen"]))), None
-        self.beside = tuple(state["alternatives"].tolist())
+        caught, verified = state["alternatives"].tolist()
+        self.beside = caught, verified

@@ -45,7 +45,8 @@ class Outcomes(Protocol):
 
     def worth(self, predicted: np.ndarray, level: np.ndarray, cost: np.ndarray) -> np.ndarray:
         """Return the tokens, each worth its ``cost`` ``[n, 1]``, less what the seconds to come are worth, ``[n, plans]``,
-        given log-odds ``[n, outputs]`` at those levels: up to a number that is the same for all plans that are open, and −inf for the others."""
+        given log-odds ``[n, outputs]`` at those levels: up to a number that is the same for all plans that are open, and
+        −inf for the others."""
         ...
 
 
