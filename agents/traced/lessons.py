@@ -110,7 +110,7 @@ def collected(env: ReplayVectorEnv, actor: Actor, plans: Plans, cycles: int, see
 
 
 class Timing:
-    """What the tokens of texts cost while environments decode them.
+    """Keeps how long environments take over their texts, from which the cost of a token follows.
 
     Attributes:
         tokens, seconds: so far, ``[envs]``; the seconds in units of a plain step.

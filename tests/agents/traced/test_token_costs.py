@@ -1,4 +1,4 @@
-"""What a token costs depends on its place of the text, and agents that learn from a trace weigh it by that."""
+"""The cost of a token depends on its place of the text, and agents that learn from a trace weigh it by that."""
 
 from __future__ import annotations
 
